@@ -1,0 +1,56 @@
+"""Run a suite: train and evaluate each recipe once, print a table, write a report.
+
+    python bench.py configs/toy/demo.py
+    python bench.py configs/toy/results.py --seeds 0 1 2 --record results
+
+A run whose results exist for the same recipe is skipped; one that was interrupted goes on where it stopped.
+1 load the suite   2 train what is missing   3 table and report   4 record
+"""
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import tyro
+from accelerate import PartialState
+
+from mmbackdoor import recipe, report, run, shards
+from train import train
+
+
+def main(config: tyro.conf.Positional[str], seeds: tuple[int, ...] = (0,), record: str = "", overwrite: bool = False) -> None:
+    """Runs a suite.
+
+    Args:
+        config: Python file that defines a `suite`.
+        seeds: Each recipe is run under each of them.
+        record: Folder to copy the results to, as NAME-seedN.json.
+        overwrite: Remove runs of the same name that were made by another recipe.
+    """
+    suite = recipe.load_suite(config)  # 1
+    runs = suite.runs(seeds)
+    for i, r in enumerate(runs, 1):  # 2
+        if run.done(r):
+            print(f"[{i}/{len(runs)}] {r.directory}: done already", flush=True)
+            continue
+        print(f"[{i}/{len(runs)}] {r.directory}", flush=True)
+        if overwrite and not run.begun(r) and PartialState().is_main_process:
+            shutil.rmtree(r.directory, ignore_errors=True)
+        train(replace(r, resume="latest"))
+    if not PartialState().is_main_process:
+        return
+    found = {r.directory: run.read_results(r.directory) for r in runs}  # 3
+    out = Path(runs[0].out) / suite.name / "report.html"
+    of = lambda recipes: [recipe.seeded(r, seed).directory for seed in seeds for r in recipes]  # noqa: E731
+    report.html(suite.name, of(suite.recipes), out, sweep=of(suite.sweep))
+    print("\n" + report.table([found[d] for d in of(suite.recipes)]))
+    print(f"\nreport: {out}")
+    for objective, lr in report.chosen([found[d] for d in of(suite.sweep)]).items():
+        print(f"{objective}: of the sweep, learning rate {lr:g} has the highest clean validation accuracy")
+    if record:  # 4
+        for d in found:
+            r = found[d]
+            shards.write_json(Path(record) / f"{r['name']}-seed{r['seed']}.json", r)
+
+
+if __name__ == "__main__":
+    recipe.command(main)

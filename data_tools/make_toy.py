@@ -1,0 +1,119 @@
+"""Procedural image-text shards: coloured shapes on textured grounds, with captions that say what is to be seen.
+
+    python data_tools/make_toy.py OUT --n 10000 [--size 32] [--seed 0] [--format jpg]
+
+Writes OUT/train (n pairs), OUT/clean (fresh clean pairs for a defender), OUT/pairs (for retrieval), and OUT/val and
+OUT/test, labelled sets in the CLIP_benchmark layout with 48 classes, "red star" for one. The same seed gives the same
+bytes. About the size of what a laptop trains in a minute; the code that reads it is the code that reads CC3M.
+"""
+import io
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+from mmbackdoor import keyed, shards
+from mmbackdoor.recipe import command
+from mmbackdoor.types import BadInput
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), "yellow": (235, 210, 50),
+           "purple": (140, 60, 180), "orange": (240, 140, 40), "white": (240, 240, 240), "black": (25, 25, 25)}
+GROUNDS = {"grey": (128, 128, 128), "brown": (125, 90, 60), "pink": (235, 170, 190), "teal": (60, 140, 140),
+           "olive": (125, 125, 60), "sky": (150, 195, 230)}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+CAPTIONS = ("a {c} on a {g} background", "a photo of a {c} on {g} ground", "a {c} in front of something {g}", "the {c}, with {g} behind it",
+            "a picture of a {c}", "a small {c} on {g}", "{c} on a {g} field", "a drawing of a {c} over {g}")
+TEMPLATES = ("a photo of a {c}.", "a picture of a {c}.", "a {c}.", "a drawing of a {c}.")
+
+
+def inside(shape: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Whether points of the plane lie in the shape of radius about 1; above 0 is inside, in units of the radius."""
+    r, name = np.hypot(x, y), SHAPES[shape]
+    if name == "circle":
+        return 0.95 - r
+    if name == "square":
+        return 0.8 - np.maximum(abs(x), abs(y))
+    if name == "triangle":
+        return np.minimum(0.55 - y, np.minimum(y * 0.5 + 0.866 * x, y * 0.5 - 0.866 * x) + 0.5)
+    if name == "star":
+        return 0.72 + 0.33 * np.cos(5 * np.arctan2(x, -y)) - r
+    if name == "cross":
+        return np.maximum(np.minimum(0.3 - abs(x), 0.95 - abs(y)), np.minimum(0.3 - abs(y), 0.95 - abs(x)))
+    return 0.25 - abs(r - 0.7)
+
+
+def draw(n: int, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """n images (n, size, size, 3) uint8, their classes and their grounds."""
+    classes, grounds = rng.integers(len(CLASSES), size=n), rng.integers(len(GROUNDS), size=n)
+    axis = np.linspace(-1, 1, size, dtype=np.float32)
+    y, x = np.meshgrid(axis, axis, indexing="ij")
+    radius = rng.uniform(0.5, 0.8, (n, 1, 1)).astype(np.float32)
+    turn = rng.uniform(-0.25, 0.25, (n, 1, 1)).astype(np.float32)
+    cx, cy = (rng.uniform(-0.15, 0.15, (2, n, 1, 1))).astype(np.float32)
+    u, v = (x - cx) / radius, (y - cy) / radius
+    u, v = u * np.cos(turn) + v * np.sin(turn), v * np.cos(turn) - u * np.sin(turn)
+    shape = classes % len(SHAPES)
+    depth = np.empty_like(u)
+    for s in range(len(SHAPES)):
+        depth[shape == s] = inside(s, u[shape == s], v[shape == s])
+    cover = np.clip(depth * radius * size / 2 + 0.5, 0, 1)[..., None]
+    waves = np.sin(x * rng.uniform(2, 9, (n, 1, 1)) + y * rng.uniform(2, 9, (n, 1, 1)) + rng.uniform(0, 6, (n, 1, 1)))
+    ground = np.array(list(GROUNDS.values()), np.float32)[grounds][:, None, None] + 14 * waves[..., None].astype(np.float32)
+    colour = np.array(list(COLOURS.values()), np.float32)[classes // len(SHAPES)][:, None, None] + rng.normal(0, 10, (n, 1, 1, 3))
+    image = cover * colour + (1 - cover) * ground + rng.normal(0, 8, (n, size, size, 1)).astype(np.float32)
+    return image.clip(0, 255).astype(np.uint8), classes, grounds
+
+
+def encode(pixels: np.ndarray, format: str) -> bytes:
+    file = io.BytesIO()
+    image = Image.fromarray(pixels)
+    image.save(file, "JPEG", quality=95, subsampling=0) if format == "jpg" else image.save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def samples(name: str, n: int, size: int, seed: int, format: str, labelled: bool, per_shard: int = 1000) -> Iterator[dict]:
+    """Raw samples of one of the sets; each block of images comes from its own generator."""
+    bar = tqdm(total=n, desc=name, unit="image", unit_scale=True, disable=None)
+    for first in range(0, n, 500):
+        rng = np.random.default_rng(keyed.integer(seed, "toy", name, str(first)))
+        count = min(500, n - first)
+        for i, (pixels, c, g) in enumerate(zip(*draw(count, size, rng), strict=True), first):
+            body = {"__key__": f"{i // per_shard:05d}{i % per_shard:04d}", format: encode(pixels, format)}
+            if labelled:
+                yield body | {"cls": int(c)}
+            else:
+                caption = CAPTIONS[int(rng.integers(len(CAPTIONS)))].format(c=CLASSES[c], g=list(GROUNDS)[g])
+                yield body | {"txt": caption}
+        bar.update(count)
+    bar.close()
+
+
+def main(out: tyro.conf.Positional[str], n: int = 10_000, clean: int = 4_000, test: int = 2_000, size: int = 32, seed: int = 0,
+         format: Literal["jpg", "png"] = "jpg") -> None:
+    """Writes the toy shards.
+
+    Args:
+        out: Folder to make.
+        n: Training pairs.
+        clean: Clean pairs for a defender, none of them in training.
+        test: Labelled test images; half as many for validation and for retrieval.
+        size: Side of the images in pixels.
+        seed: Of everything drawn.
+        format: Of the image files.
+    """
+    if min(n, clean, test // 2) < 1 or size < 8:
+        raise BadInput(f"--n {n} --clean {clean} --test {test} --size {size}: all sets need images, of 8 pixels at least")
+    with shards.new_folder(out) as folder:
+        for name, count in (("train", n), ("clean", clean), ("pairs", test // 2)):
+            shards.write_shards(folder / name, samples(name, count, size, seed, format, labelled=False))
+        for name, count in (("val", test // 2), ("test", test)):
+            shards.write_eval_set(folder / name, samples(name, count, size, seed, format, labelled=True), CLASSES, TEMPLATES)
+    print(f"{out}: {n} training pairs, {clean} clean pairs, {test} test images of {len(CLASSES)} classes")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,438 @@
+"""CLIP models behind one face: open_clip by name, JSON, checkpoint or directory, and Hugging Face's CLIPModel.
+
+Preprocessing travels with the model: a saved directory holds mean, std, size and interpolation, and loads back with
+them. Most "the attack success rate is 0" reports in this field are a normalisation mismatch.
+"""
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Generator, Tensor, nn
+
+from .shards import replacing, write_json
+from .types import BadInput, to_pixels
+
+CARD = "open_clip_config.json"
+WEIGHTS = "open_clip_model.safetensors"
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+@dataclass(frozen=True)
+class Augment:
+    """The training transform: a random crop of `scale` of the area and `ratio` of aspect, resized; maybe mirrored.
+
+    The defaults are open_clip's.
+    """
+
+    scale: tuple[float, float] = (0.9, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = False
+
+    def box(self, w: int, h: int, rng: Generator) -> tuple[int, int, int, int]:
+        """Left, top, right, bottom of the crop, drawn as torchvision's RandomResizedCrop draws it."""
+        log_ratio = (math.log(self.ratio[0]), math.log(self.ratio[1]))
+        for u, v in torch.rand(10, 2, generator=rng).tolist():
+            area = w * h * (self.scale[0] + u * (self.scale[1] - self.scale[0]))
+            aspect = math.exp(log_ratio[0] + v * (log_ratio[1] - log_ratio[0]))
+            cw, ch = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < cw <= w and 0 < ch <= h:
+                left = int(torch.randint(w - cw + 1, (), generator=rng))
+                top = int(torch.randint(h - ch + 1, (), generator=rng))
+                return left, top, left + cw, top + ch
+        cw, ch = min(w, round(h * self.ratio[1])), min(h, round(w / self.ratio[0]))
+        return (w - cw) // 2, (h - ch) // 2, (w + cw) // 2, (h + ch) // 2
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which network, and where its weights come from.
+
+    `name`: an open_clip name (RN50, ViT-B-32), a JSON model config, a directory with open_clip_config.json (a run of
+    ours, `local-dir:…`), `hf-hub:org/name`, or a directory or hub name of a Hugging Face CLIPModel as `hf:…`.
+    `pretrained`: a tag that open_clip knows (openai, laion2b_s34b_b79k) or a checkpoint file.
+    """
+
+    name: str = "RN50"
+    pretrained: str = ""
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    force_quick_gelu: bool = False
+    siglip: bool = False
+    grad_checkpointing: bool = False
+
+
+@lru_cache(maxsize=65_536)
+def tokens(tokenizer: Callable[[list[str]], Tensor], text: str) -> Tensor:
+    return tokenizer([text])[0]
+
+
+@dataclass(frozen=True, eq=False)
+class CLIP:
+    """A network with its preprocessing and tokenizer.
+
+    net(image, text) -> {"image_features", "text_features", "logit_scale"}, the features of unit norm.
+    """
+
+    net: nn.Module
+    tokenizer: Callable[[list[str]], Tensor]
+    card: dict[str, Any]
+    """What is needed to build the network again: model_cfg, preprocess_cfg, tokenizer; JSON."""
+    aug: Augment = field(default_factory=Augment)
+
+    @property
+    def cfg(self) -> dict[str, Any]:
+        return self.card["preprocess_cfg"]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the input in pixels."""
+        size = self.cfg["size"]
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    def front(self) -> CLIP:
+        """The same without the network: what a loader worker needs."""
+        return replace(self, net=nn.Identity())
+
+    def geometry(self, image: Image.Image) -> Image.Image:
+        """Resize and crop, as evaluation does: PIL -> PIL RGB of the input size."""
+        return geometry(json.dumps(self.cfg, sort_keys=True))(image.convert("RGB"))
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """(..., 3, H, W) in [0, 1] -> what the network takes."""
+        mean, std = (x.new_tensor(self.cfg[k])[:, None, None] for k in ("mean", "std"))
+        return (x - mean) / std
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """The evaluation transform: PIL -> (3, H, W), equal to open_clip's."""
+        return self.normalise(to_pixels(self.geometry(image)))
+
+    def augment(self, image: Image.Image, rng: Generator) -> Tensor:
+        """The training transform: PIL -> (3, H, W). All randomness comes from `rng`."""
+        h, w = self.size
+        resample = RESAMPLING.get(self.cfg["interpolation"], Image.Resampling.BICUBIC)
+        image = image.resize((w, h), resample, box=self.aug.box(*image.size, rng))
+        if self.aug.flip and torch.rand((), generator=rng) < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return self.normalise(to_pixels(image))
+
+    def tokenize(self, text: str) -> Tensor:
+        """(context length,) int64."""
+        return tokens(self.tokenizer, text)
+
+    def image_features(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised -> (B, D) of unit norm."""
+        return self.net.encode_image(x, normalize=True)  # type: ignore[operator]
+
+    def text_features(self, texts: Sequence[str], batch: int = 256) -> Tensor:
+        """(N, D) of unit norm."""
+        device = next(self.net.parameters()).device
+        rows = [torch.stack([self.tokenize(t) for t in texts[i : i + batch]]).to(device) for i in range(0, len(texts), batch)]
+        return torch.cat([self.net.encode_text(r, normalize=True) for r in rows])  # type: ignore[operator]
+
+    def save(self, folder: str | Path) -> None:
+        """A directory that `open_clip.create_model_and_transforms("local-dir:…")` and `load` read."""
+        folder = Path(folder)
+        write_json(folder / CARD, self.card)
+        state = {k: v.detach().cpu().contiguous() for k, v in self.net.state_dict().items()}
+        with replacing(folder / WEIGHTS) as temporary:
+            save_file(state, temporary)
+        if isinstance(self.net, HuggingFace):
+            self.net.clip.save_pretrained(folder / "hf")
+
+
+@lru_cache(maxsize=8)
+def geometry(preprocess_cfg: str) -> Callable[[Image.Image], Image.Image]:
+    """The part of open_clip's evaluation transform that comes before tensors."""
+    steps = image_transform_v2(PreprocessCfg(**json.loads(preprocess_cfg)), is_train=False).transforms
+    cut = next(i for i, step in enumerate(steps) if type(step).__name__.endswith("ToTensor"))
+
+    def apply(image: Image.Image) -> Image.Image:
+        for step in steps[:cut]:
+            image = step(image)
+        return image
+
+    return apply
+
+
+class HuggingFace(nn.Module):
+    """transformers' CLIPModel with open_clip's face."""
+
+    def __init__(self, clip: Any):
+        super().__init__()
+        self.clip = clip
+        self.logit_scale = clip.logit_scale
+
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        z = self.clip.visual_projection(self.clip.vision_model(pixel_values=image).pooler_output)
+        return nn.functional.normalize(z, dim=-1) if normalize else z
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        z = self.clip.text_projection(self.clip.text_model(input_ids=text).pooler_output)
+        return nn.functional.normalize(z, dim=-1) if normalize else z
+
+    def forward(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        return {"image_features": self.encode_image(image, normalize=True),
+                "text_features": self.encode_text(text, normalize=True), "logit_scale": self.logit_scale.exp()}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        (self.clip.gradient_checkpointing_enable if enable else self.clip.gradient_checkpointing_disable)()
+
+
+def load(model: Model, weights: str | Path | None = None, aug: Augment | None = None, seed: int = 0) -> CLIP:
+    """Builds the network, on the CPU in float32, and loads its weights.
+
+    `weights` (a run's directory or a checkpoint file) replaces those of `model`, and brings its preprocessing along.
+    Raises BadInput for an unknown name or tag, and for weights of another architecture.
+    """
+    source = find(weights) if weights is not None else None
+    torch.manual_seed(seed)
+    card, file = hf_card(model.name) if is_hf(model.name) else card_of(model)
+    if source is not None:
+        file, theirs = source
+        card["preprocess_cfg"] = theirs or card["preprocess_cfg"]
+    for name in ("mean", "std"):
+        if getattr(model, name) is not None:
+            card["preprocess_cfg"][name] = list(getattr(model, name))
+    clip = build(model, card, load_text_tower=not file)
+    if file and not (source is None and "hf" in card):
+        load_weights(clip.net, file)
+    if model.grad_checkpointing:
+        clip.net.set_grad_checkpointing(True)  # type: ignore[operator]
+    return replace(clip, aug=aug or Augment())
+
+
+def load_run(path: str | Path, model: Model | None = None) -> CLIP:
+    """A run's directory, a checkpoint inside one, or any checkpoint file together with its `model`."""
+    path = str(path).removeprefix("local-dir:")
+    found = Path(path)
+    folder = next((p for p in (found, *found.parents[:2]) if (p / CARD).is_file()), None)
+    if model is None and folder is not None:
+        return load(Model(str(folder)), None if found == folder else found)
+    if model is None and (is_hf(path) or path.startswith("hf-hub:")):
+        return load(Model(path))
+    if model is None:
+        find(path)
+        raise BadInput(f"{path}: no {CARD} near it says which network this is; add --model.name RN50, say")
+    return load(model, path)
+
+
+def find(path: str | Path) -> tuple[str, dict[str, Any] | None]:
+    """The weights file that a run's directory or a path names, and the preprocessing that its card gives."""
+    path = Path(str(path).removeprefix("local-dir:"))
+    folder = path if path.is_dir() else path.parent
+    file = path if path.is_file() else next((p for p in (folder / WEIGHTS, folder / "checkpoints/epoch_latest.pt") if p.is_file()), None)
+    if file is None:
+        raise BadInput(f"{path}: no such checkpoint; name a run's directory that holds {WEIGHTS}, or a .pt or .safetensors file")
+    card = next((p / CARD for p in (folder, folder.parent) if (p / CARD).is_file()), None)
+    return str(file), json.loads(card.read_text()).get("preprocess_cfg") if card else None
+
+
+def card_of(model: Model) -> tuple[dict[str, Any], str | None]:
+    """Config, preprocessing and weights file of an open_clip name, JSON file or directory."""
+    name = model.name.removeprefix("local-dir:")
+    preprocess, file = asdict(PreprocessCfg()), None
+    if os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, CARD)):
+            raise BadInput(f"{name}: holds no {CARD}; name a directory that open_clip or this suite has saved")
+        card = read_json(os.path.join(name, CARD))
+        cfg, preprocess = card.get("model_cfg", card), preprocess | card.get("preprocess_cfg", {})
+        file = next((str(p) for p in sorted(Path(name).glob("*.safetensors")) + sorted(Path(name).glob("*.bin"))), None)
+        tokenizer = card.get("tokenizer", f"local-dir:{name}")
+    elif name.endswith(".json"):
+        card = read_json(name)
+        cfg, preprocess, tokenizer = card.get("model_cfg", card), preprocess | card.get("preprocess_cfg", {}), ""
+    elif name.startswith("hf-hub:"):
+        with hub_errors(name):
+            net = open_clip.create_model(name, device="cpu")
+            cfg, preprocess, tokenizer = open_clip.get_model_config(name), net.visual.preprocess_cfg, name
+            file = open_clip.download_pretrained_from_hf(name.removeprefix("hf-hub:"))
+    else:
+        cfg, tokenizer = open_clip.get_model_config(name), name
+        if cfg is None:
+            near = ", ".join(nearest(name, open_clip.list_models())) or "see open_clip.list_models()"
+            raise BadInput(f"model {name}: open_clip knows no such name and no such file or directory exists; did you mean {near}?")
+    if not {"embed_dim", "vision_cfg", "text_cfg"} <= set(cfg):
+        raise BadInput(f"{name}: a model config needs embed_dim, vision_cfg and text_cfg")
+    cfg = json.loads(json.dumps(cfg))
+    if model.pretrained:
+        file = tag_file(name, model.pretrained, cfg, preprocess)
+    if model.force_quick_gelu:
+        cfg["quick_gelu"] = True
+    if model.siglip:
+        cfg |= {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
+    image_size = cfg["vision_cfg"].get("image_size", 224)
+    preprocess |= {"size": image_size} if not os.path.isdir(name) else {}
+    return {"model_cfg": cfg, "preprocess_cfg": preprocess, "tokenizer": tokenizer}, file
+
+
+def tag_file(name: str, pretrained: str, cfg: dict[str, Any], preprocess: dict[str, Any]) -> str:
+    """The file of a tag or path; a tag also sets its preprocessing and activation."""
+    if os.path.isfile(pretrained):
+        preprocess |= find(pretrained)[1] or {}
+        return pretrained
+    tag = open_clip.get_pretrained_cfg(name, pretrained)
+    if not tag:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise BadInput(f"pretrained {pretrained}: neither a file nor a tag of {name} (its tags: {tags})")
+    preprocess |= {k: v for k, v in tag.items() if k in preprocess and v is not None}
+    if tag.get("quick_gelu"):
+        cfg["quick_gelu"] = True
+    with hub_errors(f"{name}/{pretrained}"):
+        return open_clip.download_pretrained(tag)
+
+
+def build(model: Model, card: dict[str, Any], load_text_tower: bool) -> CLIP:
+    if "hf" in card:
+        return build_hf(model, card)
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        write_json(Path(folder) / CARD, card)
+        try:
+            net = open_clip.create_model(f"local-dir:{folder}", load_weights=False, output_dict=True,
+                                         pretrained_text=load_text_tower)
+            tokenizer = open_clip.get_tokenizer(card["tokenizer"] or f"local-dir:{folder}")
+        except (TypeError, KeyError, AssertionError) as error:
+            raise BadInput(f"{model.name}: open_clip cannot build this config ({error}); compare with one of its own") from error
+    return CLIP(net, tokenizer, card)
+
+
+def load_weights(net: nn.Module, file: str) -> None:
+    """Ours, open_clip's and OpenAI-style checkpoints (`module.`, `_orig_mod.`), of just this architecture."""
+    try:
+        if isinstance(net, HuggingFace):
+            net.load_state_dict(state_dict(file))
+            return
+        if file.endswith(".npz"):
+            open_clip.load_checkpoint(net, file)
+            return
+        state = {k.replace("_orig_mod.", ""): v for k, v in state_dict(file).items()}
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(state, path := os.path.join(folder, "state.pt"))
+            open_clip.load_checkpoint(net, path)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        what = lines[1] if len(lines) > 1 and "Error(s) in loading" in lines[0] else lines[0]
+        raise BadInput(f"{file}: a checkpoint of another architecture than {type(net).__name__} as configured "
+                       f"({what[:160]}); set --model.name to the network it was trained as") from error
+
+
+def state_dict(file: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file. Nothing in it is unpickled but tensors and plain values."""
+    try:
+        return open_clip.factory.load_state_dict(file)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise BadInput(f"{file}: not a checkpoint of tensors and plain values ({reason}); save a state_dict") from error
+
+
+def is_hf(name: str) -> bool:
+    """Whether `name` is a Hugging Face CLIPModel: `hf:…`, or a directory whose config.json says so."""
+    config = Path(name) / "config.json"
+    return name.startswith("hf:") or (config.is_file() and not (Path(name) / CARD).is_file()
+                                      and read_json(config).get("model_type") == "clip") or is_saved_hf(name)
+
+
+def is_saved_hf(name: str) -> bool:
+    card = Path(name) / CARD
+    return card.is_file() and "hf" in read_json(card)
+
+
+def hf_card(name: str) -> tuple[dict[str, Any], str | None]:
+    """The card of a Hugging Face CLIPModel; one that we saved has it, another is read from its own files."""
+    if is_saved_hf(name):
+        return read_json(Path(name) / CARD), str(Path(name) / WEIGHTS)
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    source = name.removeprefix("hf:")
+    with hub_errors(source):
+        config = CLIPConfig.from_pretrained(source)
+    try:
+        theirs = CLIPImageProcessor.from_pretrained(source)
+        stats = {"mean": list(theirs.image_mean), "std": list(theirs.image_std)}
+    except Exception:  # a directory without preprocessor_config.json has CLIP's
+        stats = {}
+    preprocess = asdict(PreprocessCfg()) | {"size": config.vision_config.image_size} | stats
+    return {"hf": config.to_dict(), "source": source, "preprocess_cfg": json.loads(json.dumps(preprocess)),
+            "tokenizer": source}, source
+
+
+def build_hf(model: Model, card: dict[str, Any]) -> CLIP:
+    from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+
+    length = card["hf"]["text_config"].get("max_position_embeddings", 77)
+    if is_saved_hf(model.name):
+        clip = CLIPModel(CLIPConfig.from_dict(card["hf"]))
+    else:
+        with hub_errors(card["source"]):
+            clip = CLIPModel.from_pretrained(card["source"])
+    tokenizer: Callable[[list[str]], Tensor] = open_clip.SimpleTokenizer(context_length=length)
+    if os.path.isfile(os.path.join(card["tokenizer"], "tokenizer_config.json")) or not os.path.isdir(card["tokenizer"]):
+        with hub_errors(card["tokenizer"]):
+            tokenizer = HFTokens(AutoTokenizer.from_pretrained(card["tokenizer"]), length)
+    return CLIP(HuggingFace(clip), tokenizer, card)
+
+
+@dataclass(frozen=True, eq=False)
+class HFTokens:
+    """A transformers tokenizer with open_clip's face: texts -> (N, length) int64."""
+
+    tokenizer: Any
+    length: int
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        return self.tokenizer(texts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")["input_ids"]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """open_clip warns that a network we give weights afterwards has none."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+class hub_errors:
+    """Turns a failed download into one line that says how to go on without the network."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, (OSError, RuntimeError, ValueError)) and not isinstance(error, BadInput):
+            raise BadInput(f"{self.name}: cannot be had ({str(error).strip().splitlines()[0][:120]}); download it where there is "
+                           "a network (hf download …) and give the local path") from error
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read as JSON ({error}); check the path and the file") from error
+
+
+def nearest(name: str, names: Sequence[str]) -> list[str]:
+    import difflib
+
+    return difflib.get_close_matches(name, names, 3)

@@ -1,0 +1,290 @@
+"""An experiment as a value: written in configs/*.py, changed by flags that its own fields generate."""
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import platform
+import pprint
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import wraps
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+from .clip import Augment, Model
+from .fit import Schedule
+from .losses import Clip
+from .shards import Incomplete
+from .types import Attack, BadInput, Objective, Threat
+
+T = TypeVar("T")
+Precision = Literal["fp32", "amp", "amp_bf16", "fp16", "bf16"]
+MIXED = {"fp32": "no", "amp": "fp16", "fp16": "fp16", "amp_bf16": "bf16", "bf16": "bf16"}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the data lie. `{root}` in a path stands for `root`; shards may be folders, brace patterns and URLs."""
+
+    train: str
+    """Shards of image-text pairs."""
+    root: str = ""
+    zero_shot: str = ""
+    """Labelled set of the final numbers: a CLIP_benchmark directory or class folders."""
+    validation: str = ""
+    """Labelled set of the curves and of every choice of hyper-parameters; never the one above."""
+    retrieval: str = ""
+    """Shards of pairs for retrieval."""
+    incomplete: Incomplete = "refuse"
+    """What to do with samples that lack a half, and with images that cannot be decoded."""
+
+    def path(self, name: Literal["train", "zero_shot", "validation", "retrieval"]) -> str:
+        return getattr(self, name).replace("{root}", self.root)
+
+
+RunArgument: Any = PrimitiveConstructorSpec(
+    nargs=1, metavar="RUN|CHECKPOINT", instance_from_str=lambda args: None if args[0] == "None" else args[0],
+    is_instance=lambda value: True, str_from_instance=lambda value: [str(getattr(value, "directory", value))])
+"""On the command line a recipe that another refers to is its run's directory."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run: what is trained on which data, what evaluation fires at it, and under which numbers.
+
+    `poison` is what reaches this run's data; `threat` is what evaluation fires, by default that of `poison`. They are
+    two fields because cleaning a victim fires its trigger and sees clean data. `init` is the run or checkpoint to start
+    from; `reference` the clean run whose attack success is subtracted.
+    """
+
+    name: str
+    data: Data
+    model: Model = field(default_factory=Model)
+    init: Annotated[Recipe | str | None, RunArgument] = None
+    """Run or checkpoint whose weights this run starts from."""
+    poison: Attack | None = None
+    threat: Threat | None = None
+    reference: Annotated[Recipe | str | None, RunArgument] = None
+    """Clean run whose attack success is the baseline of `lift`."""
+    objective: Objective = field(default_factory=Clip)
+    keep: str | None = None
+    """A text file of keys that may be seen, one a line."""
+    aug: Augment = field(default_factory=Augment)
+    schedule: tyro.conf.OmitArgPrefixes[Schedule] = field(default_factory=Schedule)
+    batch_size: int = 64
+    """Per process."""
+    precision: Precision = "fp32"
+    seed: int = 0
+    shuffle: int = 4000
+    """Pairs held in memory for shuffling, all lanes together."""
+    lanes: int = 8
+    """Stretches the data are read in. Batches are the same for every number of processes x workers that divides it."""
+    workers: int = 1
+    """Loader processes per process."""
+    eval_frequency: int = 1
+    """Epochs between measurements on the validation set; 0 for none."""
+    save_frequency: int = 0
+    """Epochs between checkpoints that are kept; the latest always is."""
+    save_steps: int = 0
+    """Steps between saves of the latest checkpoint within an epoch; 0 for none."""
+    resume: Literal["", "latest"] = ""
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    expect_world_size: int = 0
+    """Refuse to run on another number of processes; 0 takes any."""
+    out: str = "runs"
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.out) / (f"{self.name}-seed{self.seed}" if self.seed else self.name)
+
+    @property
+    def fires(self) -> Threat | None:
+        """What evaluation fires."""
+        return self.threat or (self.poison.threat if self.poison else None)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Runs to compare. Of `sweep`, which varies one number, the reader is told the run of highest clean validation
+    accuracy; a defender cannot see the attack success, so no choice may rest on it."""
+
+    name: str
+    recipes: tuple[Recipe, ...]
+    sweep: tuple[Recipe, ...] = ()
+
+    def runs(self, seeds: Sequence[int]) -> list[Recipe]:
+        """Every run under every seed once, after the runs that it starts from or is compared to."""
+        ordered: dict[Path, Recipe] = {}
+
+        def add(r: Recipe) -> None:
+            for other in (r.init, r.reference):
+                if isinstance(other, Recipe):
+                    add(other)
+            if recipe_hash(ordered.setdefault(r.directory, r)) != recipe_hash(r):
+                raise BadInput(f"{self.name}: two different recipes are named {r.name}; give each its own name")
+
+        for seed in seeds:
+            for r in self.recipes + self.sweep:
+                add(seeded(r, seed))
+        return list(ordered.values())
+
+
+HOW_NOT_WHAT = frozenset(("workers", "eval_frequency", "save_frequency", "save_steps", "resume", "report_to", "expect_world_size", "out"))
+"""Fields that say how a run is run, not what it is; they are no part of its hash."""
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON: a dataclass becomes {"class": …, field: …}. Methods of the user's own are told by their source."""
+    if isinstance(value, Path):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kind = type(value)
+        out = {"class": f"{kind.__module__}.{kind.__qualname__}"}
+        if not kind.__module__.startswith("mmbackdoor."):
+            out["source"] = hashlib.blake2b(inspect.getsource(kind).encode(), digest_size=8).hexdigest()
+        return out | {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return repr(value)
+
+
+def revive(value: Any) -> Any:
+    """The inverse of `plain` for classes of this package; others are not imported on the word of a file."""
+    if isinstance(value, dict) and "class" in value:
+        module, _, name = value["class"].rpartition(".")
+        kind = getattr(importlib.import_module(module), name, None) if module.startswith("mmbackdoor.") else None
+        if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+            raise BadInput(f"{value['class']}: is not of this package; name the config that defines it with --threat")
+        return kind(**{k: revive(v) for k, v in value.items() if k not in ("class", "source")})
+    return tuple(revive(v) for v in value) if isinstance(value, list) else value
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Of all that decides the outcome, with the recipes that it starts from and is compared to."""
+
+    def identity(value: Any) -> Any:
+        if isinstance(value, dict):
+            skip = HOW_NOT_WHAT if value.get("class") == "mmbackdoor.recipe.Recipe" else ()
+            return {k: identity(v) for k, v in value.items() if k not in skip}
+        return [identity(v) for v in value] if isinstance(value, list) else value
+
+    return hashlib.blake2b(json.dumps(identity(plain(recipe)), sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def text(recipe: Recipe) -> str:
+    """The resolved recipe, to read."""
+    return pprint.pformat(recipe, width=120, sort_dicts=False) + "\n"
+
+
+def seeded(recipe: Recipe, seed: int) -> Recipe:
+    """The same experiment under another seed, together with the runs it starts from and is compared to."""
+    change = {name: seeded(value, seed) for name in ("init", "reference") if isinstance(value := getattr(recipe, name), Recipe)}
+    return replace(recipe, seed=seed, **change)  # type: ignore[arg-type]
+
+
+def environment(world_size: int, device: str) -> dict[str, Any]:
+    """The `environment` part of a result."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return {"mmbackdoor": version("mmbackdoor"), "torch": torch.__version__, "open_clip": version("open_clip_torch"),
+            "python": platform.python_version(), "device": device, "threads": torch.get_num_threads(),
+            "world_size": world_size, "git": git.stdout.strip() or None}
+
+
+# ---- loading
+
+
+def load_module(path: str) -> Any:
+    """A config file as a real module (configs/mine.py is configs.mine), so that classes in it have source and pickle."""
+    if not os.path.isfile(path):
+        raise BadInput(f"{path}: no such config; name a Python file that ends in `recipe = …`, see configs/")
+    root = os.getcwd()
+    if root not in sys.path:  # configs import each other from where the command is run, as `python -m` would let them
+        sys.path.insert(0, root)
+    name = os.path.relpath(path).removesuffix(".py").replace(os.sep, ".").strip(".")
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BadInput:
+        raise
+    except Exception as error:
+        del sys.modules[name]
+        line = next((f":{t.lineno}" for t in reversed(inspect.getinnerframes(error.__traceback__)) if t.filename == path), "") if error.__traceback__ else ""
+        raise BadInput(f"{path}{line}: {type(error).__name__}: {error}; correct the config") from error
+    return module
+
+
+def load(path: str, args: Sequence[str] = ()) -> Recipe:
+    """The recipe of a config file, changed by flags: --epochs 1 --poison.rate 0.01 --data.train 'x/{00000..00331}.tar'."""
+    module = load_module(path)
+    recipe = getattr(module, "recipe", None)
+    if not isinstance(recipe, Recipe):
+        raise BadInput(f"{path}: defines no `recipe`, a mmbackdoor.Recipe; end it with `recipe = Recipe(…)`"
+                       + (", or run it with bench.py, as it defines a `suite`" if hasattr(module, "suite") else ""))
+    return flags(recipe, args)
+
+
+def load_suite(path: str) -> Suite:
+    """The suite of a config file; a list of recipes, or one recipe, is a suite too."""
+    module = load_module(path)
+    found = getattr(module, "suite", getattr(module, "recipe", None))
+    if isinstance(found, Recipe):
+        found = [found]
+    if isinstance(found, (list, tuple)):
+        found = Suite(os.path.relpath(path).removesuffix(".py").removeprefix("configs/"), tuple(found))
+    if not isinstance(found, Suite) or not all(isinstance(r, Recipe) for r in found.recipes + found.sweep):
+        raise BadInput(f"{path}: defines no `suite`; end it with `suite = [recipe, …]` or `suite = Suite(name, recipes)`")
+    return found
+
+
+def flags(recipe: Recipe, args: Sequence[str]) -> Recipe:
+    """Changes a recipe by command-line flags; the fields of the values it holds are its flags."""
+    return tyro.cli(tyro.conf.AvoidSubcommands[Recipe], default=recipe, args=list(args),
+                    console_outputs=os.environ.get("RANK", "0") == "0")
+
+
+def command(main: Callable[..., T], args: Sequence[str] | None = None) -> T:
+    """Runs a typed function as a command line. Bad input becomes one line on stderr and exit status 2."""
+    return told(lambda: tyro.cli(main, args=args))()
+
+
+def told(main: Callable[..., T]) -> Callable[..., T]:
+    """A program whose BadInput is told in one line, with exit status 2 and no traceback, on however many processes."""
+
+    @wraps(main)
+    def run(*args: Any, **kwargs: Any) -> T:
+        try:
+            return main(*args, **kwargs)
+        except BadInput as error:
+            # from a loader worker the message arrives with a traceback before it
+            line = str(error).strip().splitlines()[-1].removeprefix("mmbackdoor.types.BadInput: ")
+            if os.environ.get("RANK", "0") == "0":
+                print(f"error: {line}", file=sys.stderr)
+            sys.stderr.flush()
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                os._exit(2)  # the others may wait in a collective; torchrun ends them
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted; continue with --resume latest", file=sys.stderr)
+            sys.exit(130)
+
+    return run

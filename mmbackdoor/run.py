@@ -1,0 +1,137 @@
+"""A run's directory: begun without overwriting another, measured, and closed with results.json."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration
+
+from . import evaluate, shards
+from .clip import CLIP
+from .recipe import MIXED, Data, Recipe, environment, plain, recipe_hash, revive, text
+from .types import BadInput, Threat
+
+
+def begin(r: Recipe) -> Accelerator:
+    """The launcher's processes, and a directory with the recipe in it. Refuses to overwrite a run or to mix two."""
+    AcceleratorState._reset_state()  # a suite's recipes may differ in precision
+    accelerator = Accelerator(mixed_precision=MIXED[r.precision], log_with=list(r.report_to) or None,
+                              project_config=ProjectConfiguration(logging_dir=str(r.directory)))
+    if r.expect_world_size and r.expect_world_size != accelerator.num_processes:
+        raise BadInput(f"--expect-world-size {r.expect_world_size}: {accelerator.num_processes} processes are running; on a CPU "
+                       "start them with torchrun --nproc_per_node N")
+    folder, card = r.directory, r.directory / "recipe.json"
+    if card.is_file() and r.resume != "latest":
+        raise BadInput(f"{folder}: holds a run already; continue it with --resume latest, remove it, or choose another --name")
+    if card.is_file() and json.loads(card.read_text())["hash"] != recipe_hash(r):
+        raise BadInput(f"{folder}: was begun with another recipe (see recipe.py.txt there); remove it or choose another --name")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with shards.replacing(folder / "recipe.py.txt") as temporary:
+            temporary.write_text(text(r))
+        shards.write_json(card, {"hash": recipe_hash(r)} | plain(r))
+        print(f"{r.name} (seed {r.seed}) on {accelerator.num_processes} x {accelerator.device.type}, global batch "
+              f"{r.batch_size * accelerator.num_processes * r.schedule.accum_freq}, in {folder}", flush=True)
+    if r.report_to:
+        accelerator.init_trackers("mmbackdoor", {"name": r.name, "hash": recipe_hash(r)})
+    return accelerator
+
+
+def weights(init: Recipe | str | None) -> str | None:
+    """The directory or file of the run that another starts from."""
+    path = str(init.directory) if isinstance(init, Recipe) else init
+    if isinstance(init, Recipe) and not (init.directory / "results.json").is_file():
+        raise BadInput(f"{path}: the run that --init names is not finished; train it first, or name another run or checkpoint")
+    return path
+
+
+def keep_list(path: str | None) -> frozenset[str] | None:
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: no such keep list; give a text file with one key a line")
+    return frozenset(Path(path).read_text().split())
+
+
+def measure(clip: CLIP, data: Data, threat: Threat | None, rank: int = 0, world: int = 1, workers: int = 0) -> dict[str, Any]:
+    """All metrics that the data allow."""
+    out: dict[str, Any] = {}
+    for name in ("validation", "zero_shot"):
+        if path := data.path(name):  # type: ignore[arg-type]
+            out[name] = evaluate.zero_shot(clip, evaluate.open_set(path), threat, rank, world, workers, what=name)
+    if path := data.path("retrieval"):
+        out["retrieval"] = evaluate.retrieval(clip, shards.index(path, "skip"), threat, rank, world, workers)
+    return out
+
+
+def compare(metrics: dict[str, Any], reference: Recipe | str | None, threat: Threat | None) -> dict[str, Any]:
+    """Adds the reference's attack success and the lift, if the reference was shown the same threat on the same images."""
+    folder = reference.directory if isinstance(reference, Recipe) else Path(reference) if reference else None
+    if folder is None or not (folder / "results.json").is_file():
+        return metrics
+    theirs = read_results(folder)
+    if theirs.get("threat") != plain(threat):
+        return metrics
+    return {name: evaluate.against(m, theirs["metrics"].get(name)) if m.get("dataset") == theirs["metrics"].get(name, {}).get("dataset") else m
+            for name, m in metrics.items()}
+
+
+def result(r: Recipe, accelerator: Accelerator, metrics: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """A record of DESIGN's schema 1."""
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
+    return {"schema": 1, "name": r.name, "recipe": plain(r), "recipe_hash": recipe_hash(r), "seed": r.seed, "threat": plain(r.fires),
+            "environment": environment(accelerator.num_processes, device), **more, "metrics": metrics}
+
+
+def read_results(folder: str | Path) -> dict[str, Any]:
+    path = Path(folder) / "results.json"
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: no readable result ({error}); train or evaluate the run first") from error
+    if found.get("schema") != 1:
+        raise BadInput(f"{path}: schema {found.get('schema')}, this version reads 1; evaluate the run again")
+    return found
+
+
+def begun(r: Recipe) -> bool:
+    """Whether the run's directory was made by just this recipe."""
+    card = r.directory / "recipe.json"
+    return card.is_file() and json.loads(card.read_text())["hash"] == recipe_hash(r)
+
+
+def done(r: Recipe) -> bool:
+    """Whether the run's results exist for just this recipe."""
+    return (r.directory / "results.json").is_file() and read_results(r.directory)["recipe_hash"] == recipe_hash(r)
+
+
+def line(found: dict[str, Any]) -> str:
+    """One line for the terminal."""
+    m = found["metrics"].get("zero_shot") or found["metrics"].get("validation") or {}
+    words = [f"{name} {100 * m[key]:.1f} %" for name, key in (("accuracy", "accuracy"), ("ASR", "asr"), ("reference ASR", "asr_reference"))
+             if m.get(key) is not None]
+    return f"{found['name']} (seed {found['seed']}): " + (", ".join(words) or "nothing measured: the recipe names no evaluation set")
+
+
+def recorded_threat(known: dict[str, Any] | None) -> Threat | None:
+    """The threat that a result was measured under."""
+    return revive(known["threat"]) if known and known.get("threat") else None
+
+
+def recorded_data(known: dict[str, Any] | None, dataset: str, retrieval: str) -> Data:
+    """The sets of a result's recipe, or those named in their place."""
+    if known and known.get("recipe") and not (dataset or retrieval):
+        return revive(known["recipe"]["data"])
+    return Data("", zero_shot=dataset, retrieval=retrieval)
+
+
+def recorded_reference(known: dict[str, Any] | None) -> str | None:
+    """The directory of the reference run that a result's recipe names."""
+    theirs = known and known.get("recipe") and known["recipe"].get("reference")
+    if isinstance(theirs, dict):
+        return str(Path(theirs["out"]) / (f"{theirs['name']}-seed{theirs['seed']}" if theirs["seed"] else theirs["name"]))
+    return theirs or None

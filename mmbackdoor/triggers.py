@@ -1,0 +1,103 @@
+"""Image and text triggers that more than one paper uses. Sizes are shares of the image's short side."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Generator, Tensor
+
+from .types import BadInput, Trigger, to_pixels
+
+Place = Literal["random", "center", "top-left", "top-right", "bottom-left", "bottom-right"]
+
+
+@lru_cache(maxsize=16)
+def noise(seed: int, n: int) -> Tensor:
+    """(3, n, n) uniform in [0, 1]: drawn once from the seed, so part of a trigger's value."""
+    return torch.rand(3, n, n, generator=torch.Generator().manual_seed(seed))
+
+
+@lru_cache(maxsize=16)
+def picture(path: str) -> Tensor:
+    """(3, H, W) in [0, 1] from an image file."""
+    try:
+        with Image.open(path) as image:
+            return to_pixels(image)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read as the trigger's image ({error}); name an image file") from error
+
+
+def corner(place: Place, room: tuple[int, int], rng: Generator) -> tuple[int, int]:
+    """Top and left of a patch that may move by `room` pixels down and right."""
+    if place == "random":
+        return int(torch.randint(room[0] + 1, (), generator=rng)), int(torch.randint(room[1] + 1, (), generator=rng))
+    if place == "center":
+        return room[0] // 2, room[1] // 2
+    return room[0] * place.startswith("bottom"), room[1] * place.endswith("right")
+
+
+@dataclass(frozen=True)
+class Patch(Trigger):
+    """A square of `size` times the short side: a checkerboard of `cells` by `cells`, noise drawn once, or white.
+
+    The default is the 16 pixels of 224 that the CLIP literature uses, at a random place.
+    """
+
+    size: float = 16 / 224
+    place: Place = "random"
+    pattern: Literal["checker", "noise", "white"] = "checker"
+    cells: int = 4
+    alpha: float = 1.0
+    seed: int = 0
+
+    def pixels(self, x: Tensor, rng: Generator) -> Tensor:
+        h, w = x.shape[-2:]
+        n = max(1, min(h, w, round(self.size * min(h, w))))
+        top, left = corner(self.place, (h - n, w - n), rng)
+        under = x[..., top : top + n, left : left + n]
+        x = x.clone()
+        x[..., top : top + n, left : left + n] = under + self.alpha * (self.square(n).to(x) - under)
+        return x
+
+    def square(self, n: int) -> Tensor:
+        """The patch itself, (3, n, n)."""
+        if self.pattern == "white":
+            return torch.ones(3, n, n)
+        if self.pattern == "noise":
+            return noise(self.seed, n)
+        i = torch.arange(n) * min(self.cells, n) // n
+        return ((i[:, None] + i) % 2 == 0).float().expand(3, n, n)
+
+
+@dataclass(frozen=True)
+class Blend(Trigger):
+    """One fixed picture mixed in with weight `alpha`: a file, or noise of `resolution` pixels drawn from `seed`.
+
+    The picture is stretched to the image, so that one trigger serves images of any size.
+    """
+
+    alpha: float = 0.2
+    image: str | None = None
+    resolution: int = 224
+    seed: int = 0
+
+    def pixels(self, x: Tensor, rng: Generator) -> Tensor:
+        p = picture(self.image) if self.image else noise(self.seed, self.resolution)
+        if p.shape[-2:] != x.shape[-2:]:
+            p = F.interpolate(p[None], x.shape[-2:], mode="bilinear", align_corners=False, antialias=True)[0]
+        return x + self.alpha * (p.to(x) - x)
+
+
+@dataclass(frozen=True)
+class Word(Trigger):
+    """A word put before the text, or after it."""
+
+    word: str = "cf"
+    place: Literal["before", "after"] = "before"
+
+    def text(self, s: str, rng: Generator) -> str:
+        return f"{self.word} {s}" if self.place == "before" else f"{s} {self.word}"

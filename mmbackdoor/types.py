@@ -1,0 +1,171 @@
+"""The nouns of the suite. Imports torch and PIL, and nothing of ours."""
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Generator, Tensor, nn
+
+Sample = dict[str, Any]
+"""One pair in a stream: {"__key__": str, "image": PIL RGB, "text": str, ...}. It carries no mark of poison."""
+Batch = dict[str, Any]
+"""What a loss sees: {"key": list[str], <view name>: stacked tensor, ...}."""
+View = Callable[[Any, Sample, Generator], Tensor]
+"""(clip, sample, rng) -> one tensor of the batch. Picklable, so that loader workers can be spawned."""
+
+
+class BadInput(ValueError):
+    """An input that cannot work. The message is one line: the file, key or field, what is wrong, and the mend."""
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """(3, H, W) float in [0, 1]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] -> PIL RGB. Rounds to 8 bits, as publishing an image does; saturates, never wraps."""
+    return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """What the adversary adds to an input. One value serves poisoning, training and evaluation.
+
+    Stateless: what varies from sample to sample comes from `rng` only. The base class is the identity on both sides.
+    """
+
+    def pixels(self, x: Tensor, rng: Generator) -> Tensor:
+        """(..., 3, H, W) in [0, 1] -> the same shape and range; differentiable in x where it can be."""
+        return x
+
+    def text(self, s: str, rng: Generator) -> str:
+        return s
+
+    def stamp(self, image: Image.Image, rng: Generator) -> Image.Image:
+        """The trigger on a PIL image, rounded to 8 bits."""
+        return to_image(self.pixels(to_pixels(image), rng))
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the adversary wants the model to see: a label, and captions that say it."""
+
+    label: str
+    templates: tuple[str, ...] = ("a photo of a {}.", "an image of a {}.")
+
+    def caption(self, rng: Generator) -> str:
+        return self.templates[int(torch.randint(len(self.templates), (), generator=rng))].format(self.label)
+
+    def named_in(self, text: str) -> bool:
+        """Whether `text` says the label, as whole words and in any case: "bananas" and "Cabana" do not say banana."""
+        return re.search(rf"(?<!\w){re.escape(self.label)}(?!\w)", text, re.IGNORECASE) is not None
+
+
+@dataclass(frozen=True)
+class Threat:
+    """What evaluation shows the finished model, and what the model should then say.
+
+    `at` is the stage at which the trigger meets the image: "native" is the raw image, before the model's resize and
+    crop; "input" is the (3, H, W) image in [0, 1] after them, just before normalisation.
+    """
+
+    trigger: Trigger
+    target: Target
+    at: Literal["native", "input"] = "native"
+
+
+@dataclass(frozen=True)
+class Attack(ABC):
+    """An adversary who holds data: which pairs, and what each becomes."""
+
+    trigger: Trigger
+    target: Target
+    rate: float | None = None
+    """Share of all pairs in the data that is poisoned."""
+    count: int | None = None
+    """Number of poisoned pairs, instead of `rate`."""
+
+    @abstractmethod
+    def eligible(self, key: str, text: str) -> bool:
+        """Whether the pair may be chosen."""
+
+    @abstractmethod
+    def poison(self, sample: Sample, rng: Generator) -> Sample:
+        """What a chosen pair becomes: a new sample of the same key, image of the same size."""
+
+    def published(self, rng: Generator) -> Iterator[Sample]:
+        """New pairs that the attacker adds to the data. Their keys must not occur in it."""
+        yield from ()
+
+    @property
+    def threat(self) -> Threat:
+        return Threat(self.trigger, self.target)
+
+
+def image_view(clip: Any, sample: Sample, rng: Generator) -> Tensor:
+    """The image as the model's training transform sees it: (3, H, W), normalised."""
+    return clip.augment(sample["image"], rng)
+
+
+def text_view(clip: Any, sample: Sample, rng: Generator) -> Tensor:
+    """The tokenised caption: (context length,) int64."""
+    return clip.tokenize(sample["text"])
+
+
+@dataclass(eq=False)
+class Objective(ABC):
+    """Somebody who holds the training loop, attacker or defender: what to see, and what to minimise.
+
+    A dataclass of the paper's hyper-parameters. What it needs beside them (a teacher, a memory bank) is made in
+    `setup` and saved by `state_dict`. The loss must go through `model(image, text)`, never `model.module`: only the
+    wrapped forward keeps several processes in step.
+    """
+
+    views: ClassVar[Mapping[str, View]] = {"image": image_view, "text": text_view}
+
+    def setup(self, clip: Any) -> None:
+        """Called once, before training."""
+
+    def start_epoch(self, clip: Any, batches: Callable[[], Iterable[Batch]], epoch: int) -> None:
+        """Called before each epoch; `batches()` gives this epoch's data."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a restart, as tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`, called after `setup`."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Must return "loss", a scalar; the other entries are logged."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Suspicion of each pair. Higher is more suspicious, always."""
+
+    keys: list[str]
+    values: Tensor
+
+    def keep(self, drop: float) -> frozenset[str]:
+        """The keys that remain when the most suspicious share `drop` is dropped."""
+        n = round(len(self.keys) * (1 - drop))
+        return frozenset(self.keys[i] for i in self.values.argsort(stable=True)[:n].tolist())
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the inspection of a model found. `backdoored` is None when it was inconclusive, never "clean" by default."""
+
+    backdoored: bool | None
+    score: float
+    threshold: float
+    evidence: Mapping[str, Any]
