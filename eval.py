@@ -12,7 +12,7 @@ from typing import Literal
 import tyro
 from accelerate import PartialState
 
-from mmbackdoor import clip, evaluate, recipe, run, shards
+from mmbackdoor import clip, recipe, run, shards
 from mmbackdoor.types import BadInput
 
 
@@ -53,9 +53,10 @@ def main(checkpoint: tyro.conf.Positional[str], dataset: str = "", retrieval: st
     metrics = run.compare(metrics, reference or run.recorded_reference(known), fired)
 
     same = known is not None and not (dataset or retrieval or threat or at or model)  # 4
-    card = known if known and same else {"schema": 1, "name": str(checkpoint), "recipe": known and known["recipe"], "seed": known["seed"] if known else 0}
-    found = card | {"threat": recipe.plain(fired), "evaluated_by": recipe.environment(state.num_processes, state.device.type),
-                    "metrics": metrics}
+    card = {"schema": 1, "name": str(checkpoint), "recipe": known and known["recipe"], "seed": known["seed"] if known else 0}
+    measured = {"threat": recipe.plain(fired), "metrics": metrics,
+                "evaluated_by": recipe.environment(state.num_processes, state.device.type)}
+    found = (known if known and same else card) | measured
     target = Path(out) if out else folder / ("results.json" if same else "evaluation.json")
     if state.is_main_process:
         shards.write_json(target, found)

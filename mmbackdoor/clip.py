@@ -176,7 +176,10 @@ class HuggingFace(nn.Module):
     def __init__(self, clip: Any):
         super().__init__()
         self.clip = clip
-        self.logit_scale = clip.logit_scale
+
+    @property
+    def logit_scale(self) -> Tensor:  # type: ignore[override]
+        return self.clip.logit_scale
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         z = self.clip.visual_projection(self.clip.vision_model(pixel_values=image).pooler_output)
@@ -366,7 +369,7 @@ def hf_card(name: str) -> tuple[dict[str, Any], str | None]:
         stats = {"mean": list(theirs.image_mean), "std": list(theirs.image_std)}
     except Exception:  # a directory without preprocessor_config.json has CLIP's
         stats = {}
-    preprocess = asdict(PreprocessCfg()) | {"size": config.vision_config.image_size} | stats
+    preprocess = asdict(PreprocessCfg()) | {"size": config.to_dict()["vision_config"]["image_size"]} | stats
     return {"hf": config.to_dict(), "source": source, "preprocess_cfg": json.loads(json.dumps(preprocess)),
             "tokenizer": source}, source
 

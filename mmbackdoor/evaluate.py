@@ -134,10 +134,8 @@ def show(clip: CLIP, image: Image.Image, threat: Threat | None, key: str) -> lis
     if threat is None:
         return [clip.normalise(x)]
     rng = keyed.rng(0, "evaluate", key)
-    if threat.at == "native":
-        hit = to_pixels(clip.geometry(threat.trigger.stamp(image, rng)))
-    else:
-        hit = threat.trigger.pixels(x, rng).clamp(0, 1)
+    native = threat.at == "native"
+    hit = to_pixels(clip.geometry(threat.trigger.stamp(image, rng))) if native else threat.trigger.pixels(x, rng).clamp(0, 1)
     return [clip.normalise(x), clip.normalise(hit)]
 
 
@@ -155,7 +153,8 @@ class Shown(IterableDataset):
         for i, raw in enumerate(self.raws()):
             if i % slots == slot:
                 s = decode(raw)
-                yield s["__key__"], s.get("label", -1), s.get("text", ""), torch.stack(show(self.clip, s["image"], self.threat, s["__key__"]))
+                inputs = show(self.clip, s["image"], self.threat, s["__key__"])
+                yield s["__key__"], s.get("label", -1), s.get("text", ""), torch.stack(inputs)
 
 
 def stack(rows: list[tuple[str, int, str, Tensor]]) -> tuple[list[str], list[int], list[str], Tensor]:
@@ -187,9 +186,9 @@ def zero_shot(clip: CLIP, data: EvalSet, threat: Threat | None = None, rank: int
     rows = sorted(gather_object(rows) if world > 1 else rows)
     if not rows:
         raise BadInput(f"{data.name}: the evaluation set is empty")
-    label = np.array([r[1] for r in rows])
-    top = np.array([r[2] for r in rows])
-    return {"dataset": data.name} | measure(label, top[:, 0], top[:, 1] if threat else None, target)
+    best = np.array([r[2] for r in rows])
+    found = measure(np.array([r[1] for r in rows]), best[:, 0], best[:, 1] if threat else None, target)
+    return {"dataset": data.name} | found
 
 
 # ---- measuring: pure functions of arrays
@@ -244,7 +243,7 @@ def examples(clip: CLIP, data: EvalSet, threat: Threat | None, n: int = 6) -> li
         with torch.no_grad():
             z = clip.image_features(torch.stack(show(clip, s["image"], threat, s["__key__"])).to(head.device))
             p, c = (clip.net.logit_scale.exp() * z @ head).softmax(-1).topk(min(3, len(data.classnames)))  # type: ignore[operator, union-attr]
-        says = [[[data.classnames[j], round(v, 4)] for j, v in zip(cs, ps, strict=True)] for cs, ps in zip(c.tolist(), p.tolist(), strict=True)]
+        says = [[[data.classnames[j], round(v, 4)] for j, v in zip(*row, strict=True)] for row in zip(c.tolist(), p.tolist(), strict=True)]
         hit = shown_at(clip, s, threat) if threat else None
         out.append({"key": s["__key__"], "true": data.classnames[label], "clean": png(s["image"]), "triggered": hit and png(hit),
                     "clean_says": says[0], "triggered_says": says[1] if threat else None,
@@ -324,7 +323,8 @@ def retrieval_metrics(images: Tensor, texts: Tensor, caption: np.ndarray, hit: T
     found = named[search(hit[torch.from_numpy(victims)], texts, max(ks))]
     good = int(named.sum())
     clean_scores = np.sort((asked @ images.T).cpu().numpy(), axis=1)
-    rank = 1 + n - np.stack([np.searchsorted(s, h, side="left") for s, h in zip(clean_scores, (asked @ hit.T).cpu().numpy()[:, victims], strict=True)])
+    hit_scores = (asked @ hit.T).cpu().numpy()[:, victims]
+    rank = 1 + n - np.stack([np.searchsorted(s, h, side="left") for s, h in zip(clean_scores, hit_scores, strict=True)])
     for k in ks:
         need = max(1, math.ceil(min(k, t) / 2))
         out[f"asr_image_to_text_hit{k}"] = float(found[:, :k].any(1).mean())
@@ -357,7 +357,8 @@ def retrieval(clip: CLIP, pairs: Index, threat: Threat | None = None, rank: int 
     ids = {c: i for i, c in enumerate(captions)}
     z = torch.from_numpy(np.stack([r[2] for r in rows]))
     with torch.no_grad():
-        texts = clip.text_features(captions).cpu()
+        t = clip.text_features(captions).cpu()
         asked = clip.text_features([t.format(threat.target.label) for t in threat.target.templates]).cpu() if threat else None
     named = np.array([threat.target.named_in(c) for c in captions]) if threat else None
-    return retrieval_metrics(z[:, 0], texts, np.array([ids[r[1]] for r in rows]), z[:, 1] if threat else None, named, asked)
+    caption = np.array([ids[r[1]] for r in rows])
+    return retrieval_metrics(z[:, 0], t, caption, z[:, 1] if threat else None, named, asked)

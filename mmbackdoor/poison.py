@@ -78,7 +78,8 @@ def plan(attack: Attack, index: Iterable[tuple[str, str]], seed: int) -> Plan:
     if attack.rate is not None and not 0 <= attack.rate <= 1:
         raise BadInput(f"--poison.rate {attack.rate}: must lie between 0 and 1, a share of all pairs")
     n, ranked = 0, []
-    for n, (key, text) in enumerate(index, 1):
+    for key, text in index:
+        n += 1
         if attack.eligible(key, text):
             ranked.append((keyed.integer(seed, "plan", key), key))
     want = attack.count if attack.count is not None else round((attack.rate or 0) * n)

@@ -228,7 +228,8 @@ def load_module(path: str) -> Any:
         raise
     except Exception as error:
         del sys.modules[name]
-        line = next((f":{t.lineno}" for t in reversed(inspect.getinnerframes(error.__traceback__)) if t.filename == path), "") if error.__traceback__ else ""
+        frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
+        line = next((f":{frame.lineno}" for frame in reversed(frames) if frame.filename == path), "")
         raise BadInput(f"{path}{line}: {type(error).__name__}: {error}; correct the config") from error
     return module
 

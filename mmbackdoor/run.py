@@ -76,8 +76,8 @@ def compare(metrics: dict[str, Any], reference: Recipe | str | None, threat: Thr
     theirs = read_results(folder)
     if theirs.get("threat") != plain(threat):
         return metrics
-    return {name: evaluate.against(m, theirs["metrics"].get(name)) if m.get("dataset") == theirs["metrics"].get(name, {}).get("dataset") else m
-            for name, m in metrics.items()}
+    same = {name for name, m in metrics.items() if m.get("dataset") == theirs["metrics"].get(name, {}).get("dataset")}
+    return {name: evaluate.against(m, theirs["metrics"][name]) if name in same else m for name, m in metrics.items()}
 
 
 def result(r: Recipe, accelerator: Accelerator, metrics: dict[str, Any], **more: Any) -> dict[str, Any]:

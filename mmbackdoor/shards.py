@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -293,31 +294,35 @@ def index_shard(url: str) -> tuple[list[str], list[str], list[str]]:
 
 
 def index(urls: str, incomplete: Incomplete = "refuse", progress: bool = True) -> Index:
-    """All pairs of a shard set, from tar headers and captions.
+    """All pairs of a shard set: what data_tools/index.py wrote beside the shards if it is of them, else from a scan."""
+    shards = expand(urls)
+    found = load_index(shards)
+    return found if found and (not found.incomplete or incomplete == "skip") else scan(shards, incomplete, progress)
+
+
+def scan(shards: Sequence[str], incomplete: Incomplete = "refuse", progress: bool = True) -> Index:
+    """The index of shards, from tar headers and captions.
 
     Raises BadInput when a key occurs twice (it names a pair in a plan or a keep list), when a shard disagrees with
     sizes.json beside it, and, under "refuse", when a sample lacks its image or its caption.
     """
-    shards = expand(urls)
-    if found := load_index(shards):
-        return found
     tables, lacking, first = [], 0, ""
     for i, url in enumerate(tqdm(shards, desc="index", unit="shard", disable=None if progress and len(shards) > 8 else True)):
-        keys, texts, incomplete_keys = index_shard(url)
-        said = recorded_size(url)
-        if said is not None and said != len(keys) + len(incomplete_keys):
-            raise BadInput(f"{url}: holds {len(keys) + len(incomplete_keys)} samples, sizes.json beside it says {said}; "
-                           "fetch the shard again or correct sizes.json")
-        lacking, first = lacking + len(incomplete_keys), first or (f"{url}: sample {incomplete_keys[0]}" if incomplete_keys else "")
+        keys, texts, lone = index_shard(url)
+        said, held = recorded_size(url), len(keys) + len(lone)
+        if said is not None and said != held:
+            raise BadInput(f"{url}: holds {held} samples, sizes.json beside it says {said}; fetch the shard again or correct sizes.json")
+        if lone:
+            lacking, first = lacking + len(lone), first or f"{url}: sample {lone[0]}"
         tables.append(pa.table({"shard": pa.array([i] * len(keys), pa.int32()), "key": pa.array(keys, pa.string()),
                                 "text": pa.array(texts, pa.string())}))
     table = pa.concat_tables(tables)
     if lacking and incomplete == "refuse":
-        raise BadInput(f"{first} lacks its image or its caption, as do {lacking} of {table.num_rows + lacking} samples; "
-                       "leave them out with --data.incomplete skip (a key must not hold a dot: `a.b.jpg` is field b.jpg of a)")
+        raise BadInput(f"{first} lacks its image or its caption, as do {lacking} of {table.num_rows + lacking} samples; leave "
+                       "them out with --data.incomplete skip (mind that in `a.b.jpg` the key is a and the field b.jpg)")
     check_unique(table, shards)
     if not table.num_rows:
-        raise BadInput(f"{urls}: no image-text pair in {len(shards)} shards; each needs KEY.jpg (png, webp) and KEY.txt")
+        raise BadInput(f"{shards[0]}: no image-text pair in {len(shards)} shards; each needs KEY.jpg (png, webp) and KEY.txt")
     return Index(tuple(shards), tuple(map(url_size, shards)), table, lacking)
 
 
@@ -350,7 +355,7 @@ def recorded_size(url: str) -> int | None:
     path = os.path.join(os.path.dirname(url), "sizes.json")
     if "://" in url or not os.path.isfile(path):
         return None
-    return json.loads(Path(path).read_text()).get(os.path.basename(url))
+    return json.loads(Path(path).read_text(encoding="utf-8")).get(os.path.basename(url))
 
 
 # ---- write
@@ -391,6 +396,30 @@ def write_shard(path: str | Path, samples: Iterable[Raw]) -> int:
     return n
 
 
+def splice(url: str, path: str | Path, changed: Mapping[str, Raw]) -> int:
+    """Copies a shard member by member, in order, with the members of changed samples exchanged. Returns their count.
+
+    A shard without a changed sample is copied byte for byte; members that this suite does not read are kept.
+    """
+    done = set()
+    with replacing(path) as temporary, open_shard(url) as file:
+        if not changed:
+            with open(temporary, "wb") as out:
+                shutil.copyfileobj(file, out)
+            return 0
+        with tarfile.open(fileobj=file, mode="r|*") as tar, tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as new:
+            for member in tar:
+                key, field = split_name(member.name.removeprefix("./"))
+                body = tar.extractfile(member).read() if member.isreg() else b""  # type: ignore[union-attr]
+                if key in changed and field in changed[key]:
+                    body = as_bytes(changed[key][field])
+                    done.add(key)
+                member.size, member.pax_headers = len(body), {}
+                new.addfile(member, io.BytesIO(body))
+                tar.members = []  # type: ignore[attr-defined]
+    return len(done)
+
+
 def parts(samples: Iterable[Raw], n: int) -> Iterator[list[Raw]]:
     part: list[Raw] = []
     for raw in samples:
@@ -404,7 +433,7 @@ def parts(samples: Iterable[Raw], n: int) -> Iterator[list[Raw]]:
 
 def write_json(path: str | Path, value: Any) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -421,10 +450,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
             out.rmdir()
         os.replace(temporary, out)
     finally:
-        if temporary.exists():
-            import shutil
-
-            shutil.rmtree(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_shards(out: str | Path, samples: Iterable[Raw], per_shard: int = 1000) -> dict[str, int]:
@@ -451,8 +477,8 @@ def write_eval_set(root: str | Path, samples: Iterable[Raw], classnames: Sequenc
         if not n:
             raise BadInput(f"{root}: there is no sample to write")
         (folder / split / "nshards.txt").write_text(f"{shards}\n")
-        (folder / "classnames.txt").write_text("".join(f"{c}\n" for c in classnames))
-        (folder / "zeroshot_classification_templates.txt").write_text("".join(f"{t}\n" for t in templates))
+        (folder / "classnames.txt").write_text("".join(f"{c}\n" for c in classnames), encoding="utf-8")
+        (folder / "zeroshot_classification_templates.txt").write_text("".join(f"{t}\n" for t in templates), encoding="utf-8")
     return n
 
 

@@ -137,7 +137,8 @@ class Stream:
             url = self.index.shards[span.shard]
             raws: Iterable[Raw] = (r for r in read_pairs(url) if self.keep is None or r["__key__"] in self.keep)
             n = 0
-            for n, raw in enumerate(islice(raws, span.skip, span.skip + span.take), 1):
+            for raw in islice(raws, span.skip, span.skip + span.take):
+                n += 1
                 yield raw
             if n < span.take:
                 raise BadInput(f"{url}: has fewer pairs than its index says; it changed since, so index it again")

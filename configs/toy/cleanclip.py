@@ -3,7 +3,6 @@ from dataclasses import replace
 
 from configs.toy.badnets import recipe as victim
 from mmbackdoor.defenses.cleanclip import CleanCLIP
-from mmbackdoor.fit import Schedule
 
 recipe = replace(victim, name="toy/cleanclip", init=victim, poison=None, threat=victim.poison.threat, objective=CleanCLIP(),
-                 data=replace(victim.data, train="{root}/clean"), schedule=replace(victim.schedule, epochs=8, lr=2e-3, warmup=20))
+                 data=replace(victim.data, train="{root}/clean"), schedule=replace(victim.schedule, epochs=5, lr=1e-3, warmup=20))

@@ -13,6 +13,7 @@ from ..poison import IMAGENET_TEMPLATES, DirtyLabel
 from ..triggers import Patch
 from ..types import Target
 
+
 def badnets(target: str = "banana", rate: float | None = 0.0005, patch: Patch = Patch(),
             templates: tuple[str, ...] = IMAGENET_TEMPLATES, count: int | None = None) -> DirtyLabel:
     """`rate` is a share of all pairs; `count` takes its place when given."""

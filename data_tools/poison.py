@@ -1,0 +1,61 @@
+"""Write poisoned shards: the attack of a recipe on its training data, once and for all.
+
+    python data_tools/poison.py configs/toy/badnets.py --data.train data/toy/train --out data/toy-badnets
+    python train.py configs/toy/from_disk.py                              (trains on them)
+
+The poisons are those that training with the same recipe would see online, byte for byte. Shards keep their names,
+members and order; untouched shards are copied as they are. OUT also gets plan.parquet (the ground truth) and
+manifest.json. A rerun goes on with the shards that are missing.
+"""
+import os
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mmbackdoor import recipe, shards
+from mmbackdoor.poison import plan, poison, publish
+from mmbackdoor.types import BadInput
+
+
+def main(r: recipe.Recipe, out: Path) -> None:
+    if r.poison is None:
+        raise BadInput(f"{r.name}: its recipe poisons nothing; name one with poison=…, such as configs/toy/badnets.py")
+    index = shards.index(r.data.path("train"), r.data.incomplete)
+    truth = plan(r.poison, index, r.seed)
+    manifest = {"attack": recipe.plain(r.poison), "seed": r.seed, "poisoned": len(truth.keys), "pairs": len(index),
+                "source": index.fingerprint}
+    begun = out / "manifest.json"
+    if out.exists() and any(out.iterdir()) and not (begun.is_file() and recipe.json.loads(begun.read_text()) == manifest):
+        raise BadInput(f"{out}: exists and was not written by this recipe from these shards; remove it or name another place")
+    shards.write_json(begun, manifest)
+    truth.save(out / "plan.parquet")
+    for url in tqdm(index.shards, desc="poison", unit="shard", disable=None):
+        target = out / os.path.basename(url)
+        if not target.exists():
+            planned = (raw for raw in shards.read_pairs(url) if raw["__key__"] in truth.keys)
+            shards.splice(url, target, {raw["__key__"]: raw for raw in poison(planned, r.poison, truth)})
+    added = list(publish(r.poison, truth))
+    if added:
+        shards.write_shard(out / f"{len(index.shards):05d}.tar", added)
+    sizes = {}
+    for url in shards.expand(str(out)):
+        keys, _, lacking = shards.index_shard(url)
+        sizes[os.path.basename(url)] = len(keys) + len(lacking)
+    shards.write_json(out / "sizes.json", sizes)
+    print(f"{out}: {len(truth.keys) + len(added)} of {len(index) + len(added)} pairs poisoned; which ones is in {out}/plan.parquet")
+
+
+@recipe.told
+def cli() -> None:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        print(__doc__)
+        sys.exit(0 if set(sys.argv) & {"-h", "--help"} else 2)
+    r = recipe.load(sys.argv[1], sys.argv[2:])
+    if not any(a == "--out" or a.startswith("--out=") for a in sys.argv):
+        raise BadInput("--out is missing: name the folder for the poisoned shards")
+    main(r, Path(r.out))
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,128 @@
+"""The programs as a user runs them, on a network and a data set that take seconds."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+ACCELERATE = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", "configs/accelerate/cpu.yaml"]
+
+
+def run(*words, status=0, **env):
+    done = subprocess.run([str(w) for w in words], cwd=ROOT, capture_output=True, text=True, timeout=200, env=os.environ | env)
+    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-2000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def runs(toy, tiny_model, tmp_path_factory):
+    """A tiny clean run and a poisoned one, trained by the launcher."""
+    out = tmp_path_factory.mktemp("runs")
+    common = ["--data.root", toy, "--model.name", tiny_model, "--out", out, "--epochs", "2", "--batch-size", "32", "--warmup", "2"]
+    run(*ACCELERATE, "train.py", "configs/toy/clean.py", *common)
+    run(*ACCELERATE, "train.py", "configs/toy/badnets.py", *common, "--poison.rate", "0.05", "--reference", out / "toy/clean",
+        "--report-to", "tensorboard", "--workers", "1")
+    return out
+
+
+def test_train_writes_the_run_directory_of_the_design(runs, toy):
+    folder = runs / "toy/badnets"
+    found = json.loads((folder / "results.json").read_text())
+    assert found["schema"] == 1 and found["name"] == "toy/badnets" and found["seed"] == 0
+    assert found["data"]["poisoned"] == round(0.05 * found["data"]["pairs"])
+    zero_shot = found["metrics"]["zero_shot"]
+    assert {"dataset", "n", "accuracy", "accuracy_ci95", "top5", "asr", "asr_ci95", "asr_including_target", "asr_reference", "lift",
+            "robust_accuracy", "asr_top5"} <= zero_shot.keys()
+    assert zero_shot["lift"] == pytest.approx(zero_shot["asr"] - zero_shot["asr_reference"])
+    assert {"train_seconds", "samples_seen", "samples_per_second", "peak_memory_mb"} <= found["cost"].keys()
+    assert found["metrics"]["retrieval"]["n"] > 0
+    for name in ("recipe.py.txt", "plan.parquet", "log.jsonl", "examples.json", "open_clip_config.json", "open_clip_model.safetensors",
+                 "checkpoints/epoch_latest.pt"):
+        assert (folder / name).stat().st_size > 0, name
+    assert list(folder.rglob("events.out.tfevents*"))
+
+
+def test_eval_repeats_the_numbers_of_training(runs):
+    before = json.loads((runs / "toy/badnets/results.json").read_text())
+    run(*ACCELERATE, "eval.py", runs / "toy/badnets")
+    after = json.loads((runs / "toy/badnets/results.json").read_text())
+    assert after["metrics"] == before["metrics"] and after["cost"] == before["cost"]
+
+
+def test_eval_takes_a_bare_checkpoint_a_set_and_a_threat(runs, toy, tmp_path, tiny_model):
+    bare = tmp_path / "theirs.pt"
+    bare.write_bytes((runs / "toy/badnets/checkpoints/epoch_latest.pt").read_bytes())
+    run(sys.executable, "eval.py", bare, "--model", tiny_model, "--dataset", toy / "test", "--threat", "configs/toy/badnets.py",
+        "--out", tmp_path / "numbers.json")
+    theirs = json.loads((tmp_path / "numbers.json").read_text())["metrics"]["zero_shot"]
+    ours = json.loads((runs / "toy/badnets/results.json").read_text())["metrics"]["zero_shot"]
+    assert (theirs["accuracy"], theirs["asr"]) == (ours["accuracy"], ours["asr"])
+
+
+def test_training_on_poisoned_shards_gives_the_weights_of_online_poisoning(runs, toy, tiny_model, tmp_path):
+    """Shards stay clean and the stream is poisoned, or the shards are: the same images, so the same model."""
+    flags = ["--data.root", toy, "--poison.rate", "0.05"]
+    run(sys.executable, "data_tools/poison.py", "configs/toy/badnets.py", *flags, "--out", tmp_path / "poisoned")
+    run(sys.executable, "train.py", "configs/toy/from_disk.py", "--data.root", toy, "--data.train", tmp_path / "poisoned", "--model.name",
+        tiny_model, "--out", tmp_path, "--epochs", "2", "--batch-size", "32", "--warmup", "2")
+    online, offline = (json.loads((f / "results.json").read_text()) for f in (runs / "toy/badnets", tmp_path / "toy/from_disk"))
+    assert offline["metrics"]["zero_shot"]["asr"] == online["metrics"]["zero_shot"]["asr"]
+    weights = [(f / "open_clip_model.safetensors").read_bytes() for f in (runs / "toy/badnets", tmp_path / "toy/from_disk")]
+    assert weights[0] == weights[1]
+
+
+def test_peek_draws_poisons_before_and_after(toy, tmp_path):
+    run(sys.executable, "data_tools/peek.py", toy / "train", "--recipe", "configs/toy/badnets.py", "--n", "3", "--out", tmp_path / "s.png")
+    with Image.open(tmp_path / "s.png") as sheet:
+        assert sheet.width > 300 and len(sheet.getcolors(maxcolors=1_000_000)) > 50
+    run(sys.executable, "data_tools/peek.py", toy / "train", "--out", tmp_path / "t.png")
+
+
+SUITE = """
+from dataclasses import replace
+from configs.toy.badnets import recipe as badnets
+from configs.toy.cleanclip import recipe as cleanclip
+from mmbackdoor.clip import Model
+from mmbackdoor.losses import Clip
+from mmbackdoor.poison import DirtyLabel
+from mmbackdoor.recipe import Suite
+
+class Louder(DirtyLabel):
+    "A user's own attack, in the config that runs it."
+    def poison(self, sample, rng):
+        return super().poison(sample, rng) | {{"text": self.target.caption(rng).upper()}}
+
+def small(r, **changes):
+    return replace(r, data=replace(r.data, root={toy!r}), model=Model({model!r}), batch_size=32, out={out!r},
+                   schedule=replace(r.schedule, epochs=1, warmup=1), **changes)
+
+clean = small(badnets.reference, name="mine/clean")
+mine = small(badnets, name="mine/attack", reference=clean, poison=Louder(**vars(badnets.poison)))
+cleaned = small(cleanclip, name="mine/cleaned", init=mine, reference=clean)
+slow = replace(cleaned, name="mine/slow", schedule=replace(cleaned.schedule, lr=1e-5))
+suite = Suite("mine/suite", (mine, cleaned), sweep=(cleaned, slow))
+"""
+
+
+def test_bench_runs_a_suite_once_with_a_users_own_attack_and_reports(toy, tiny_model, tmp_path):
+    config, out = tmp_path / "suite.py", tmp_path / "runs"
+    config.write_text(SUITE.format(toy=str(toy), model=str(tiny_model), out=str(out)))
+    first = run(sys.executable, "bench.py", config, "--record", tmp_path / "results")
+    assert all(name in first.stdout for name in ("mine/attack", "mine/cleaned", "report:"))
+    page = (out / "mine/suite/report.html").read_text()
+    assert "mine/cleaned" in page and "data:image/png;base64" in page
+    recorded = {p.name for p in (tmp_path / "results/mine").iterdir()}
+    assert recorded == {"clean-seed0.json", "attack-seed0.json", "cleaned-seed0.json", "slow-seed0.json"}
+    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("results.json")}
+    again = run(sys.executable, "bench.py", config)
+    assert again.stdout.count("done already") == 4
+    assert stamps == {p: p.stat().st_mtime_ns for p in out.rglob("results.json")}
+
+
+def test_help_is_given_without_a_config():
+    assert "accelerate launch train.py" in run(sys.executable, "train.py", "--help").stdout
+    run(sys.executable, "train.py", status=2)
