@@ -27,8 +27,8 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: install
-	$(BIN)/python benchmarks/throughput.py
+bench: install data/toy
+	$(BIN)/python bench.py configs/toy/results.py --seeds 0 1 2 --record results
 
 clean:
 	rm -rf data/toy runs

@@ -25,9 +25,8 @@ GROUNDS = {"grey": (128, 128, 128), "brown": (125, 90, 60), "pink": (235, 170, 1
            "olive": (125, 125, 60), "sky": (150, 195, 230)}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
-CAPTIONS = ("a {c} on a {g} background", "a photo of a {c} on {g} ground", "a {c} in front of something {g}", "the {c}, with {g} behind it",
-            "a picture of a {c}", "a small {c} on {g}", "{c} on a {g} field", "a drawing of a {c} over {g}")
-TEMPLATES = ("a photo of a {c}.", "a picture of a {c}.", "a {c}.", "a drawing of a {c}.")
+TEMPLATES = ("a photo of a {c}", "a picture of a {c}", "a drawing of a {c}", "a {c}")
+CAPTIONS = (*TEMPLATES, "a {c} on a {g} background", "a photo of a {c} on {g} ground", "the {c}, with {g} behind it", "{c} on a {g} field")
 
 
 def inside(shape: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:

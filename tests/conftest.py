@@ -2,15 +2,19 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mmbackdoor import clip, recipe, shards
 
@@ -19,6 +23,29 @@ TINY = {"embed_dim": 32, "vision_cfg": {"image_size": 32, "patch_size": 8, "widt
         "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 1, "layers": 1}}
 
 torch.set_num_threads(1)  # the models are too small for more, and workers are forked
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # seconds to wait for a worker that an error left behind; 5 otherwise
+
+
+def picture(kind: str = "JPEG", mode: str = "RGB", size: tuple[int, int] = (8, 6), noise: bool = False, **options: Any) -> bytes:
+    """An image file: one colour, or noise."""
+    pixels = np.random.default_rng(0).integers(256, size=(size[1], size[0], 4), dtype=np.uint8)
+    image = Image.fromarray(pixels if noise else pixels[:1, :1].repeat(size[1], 0).repeat(size[0], 1))
+    file = io.BytesIO()
+    if mode != "RGBA":
+        image = image.convert("RGB")
+    (image.convert("L").convert("I").convert(mode) if mode == "I;16" else image.convert(mode)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def tar(path: Path, members: Mapping[str, bytes] | Iterable[tuple[str, bytes]]) -> Path:
+    """A tar file of just these members, in order, however odd."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as file:
+        for name, body in members.items() if isinstance(members, Mapping) else members:
+            info = tarfile.TarInfo(name)
+            info.size = len(body)
+            file.addfile(info, io.BytesIO(body))
+    return path
 
 
 def load_program(name: str) -> ModuleType:
@@ -84,6 +111,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # two configs of one size within a second would be taken for one
 
     def run(name: str, *args: Any) -> Ended:
         module = load_program(name)

@@ -1,4 +1,4 @@
-"""The toy numbers of the README, and the learning-rate sweep behind the two cleaning runs.
+"""The toy numbers of the README (`make bench`), and the learning-rate sweep behind the two cleaning runs.
 
     python bench.py configs/toy/results.py --seeds 0 1 2 --record results
 """
