@@ -111,7 +111,7 @@ class CLIP:
 
     def geometry(self, image: Image.Image) -> Image.Image:
         """Resize and crop, as evaluation does: PIL -> PIL RGB of the input size."""
-        return geometry(json.dumps(self.cfg, sort_keys=True))(image.convert("RGB"))
+        return geometry(json.dumps(self.cfg, sort_keys=True))(image)
 
     def normalise(self, x: Tensor) -> Tensor:
         """(..., 3, H, W) in [0, 1] -> what the network takes."""
@@ -154,6 +154,8 @@ class CLIP:
             save_file(state, temporary)
         if isinstance(self.net, HuggingFace):
             self.net.clip.save_pretrained(folder / "hf")
+            if isinstance(self.tokenizer, HFTokens):
+                self.tokenizer.tokenizer.save_pretrained(folder / "hf")
 
 
 @lru_cache(maxsize=8)
@@ -208,12 +210,12 @@ def load(model: Model, weights: str | Path | None = None, aug: Augment | None = 
     card, file = hf_card(model.name) if is_hf(model.name) else card_of(model)
     if source is not None:
         file, theirs = source
-        card["preprocess_cfg"] = theirs or card["preprocess_cfg"]
+        card["preprocess_cfg"] |= theirs or {}
     for name in ("mean", "std"):
         if getattr(model, name) is not None:
             card["preprocess_cfg"][name] = list(getattr(model, name))
     clip = build(model, card, load_text_tower=not file)
-    if file and not (source is None and "hf" in card):
+    if file:
         load_weights(clip.net, file)
     if model.grad_checkpointing:
         clip.net.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -250,13 +252,15 @@ def card_of(model: Model) -> tuple[dict[str, Any], str | None]:
     """Config, preprocessing and weights file of an open_clip name, JSON file or directory."""
     name = model.name.removeprefix("local-dir:")
     preprocess, file = asdict(PreprocessCfg()), None
+    given: dict[str, Any] = {}
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, CARD)):
             raise BadInput(f"{name}: holds no {CARD}; name a directory that open_clip or this suite has saved")
         card = read_json(os.path.join(name, CARD))
-        cfg, preprocess = card.get("model_cfg", card), preprocess | card.get("preprocess_cfg", {})
+        given = card.get("preprocess_cfg", {})
+        cfg, preprocess = card.get("model_cfg", card), preprocess | given
         file = next((str(p) for p in sorted(Path(name).glob("*.safetensors")) + sorted(Path(name).glob("*.bin"))), None)
-        tokenizer = card.get("tokenizer", f"local-dir:{name}")
+        tokenizer = card.get("tokenizer", "" if "hf_tokenizer_name" not in cfg.get("text_cfg", {}) else f"local-dir:{name}")
     elif name.endswith(".json"):
         card = read_json(name)
         cfg, preprocess, tokenizer = card.get("model_cfg", card), preprocess | card.get("preprocess_cfg", {}), ""
@@ -264,12 +268,13 @@ def card_of(model: Model) -> tuple[dict[str, Any], str | None]:
         with hub_errors(name):
             net = open_clip.create_model(name, device="cpu")
             cfg, preprocess, tokenizer = open_clip.get_model_config(name), net.visual.preprocess_cfg, name
-            file = open_clip.download_pretrained_from_hf(name.removeprefix("hf-hub:"))
+            file = open_clip.pretrained.download_pretrained_from_hf(name.removeprefix("hf-hub:"))
     else:
         cfg, tokenizer = open_clip.get_model_config(name), name
         if cfg is None:
-            near = ", ".join(nearest(name, open_clip.list_models())) or "see open_clip.list_models()"
-            raise BadInput(f"model {name}: open_clip knows no such name and no such file or directory exists; did you mean {near}?")
+            near = ", ".join(nearest(name, open_clip.list_models()))
+            mend = f"did you mean {near}?" if near else "open_clip.list_models() names them all"
+            raise BadInput(f"model {name}: open_clip knows no such name and no such file or directory exists; {mend}")
     if not {"embed_dim", "vision_cfg", "text_cfg"} <= set(cfg):
         raise BadInput(f"{name}: a model config needs embed_dim, vision_cfg and text_cfg")
     cfg = json.loads(json.dumps(cfg))
@@ -280,7 +285,7 @@ def card_of(model: Model) -> tuple[dict[str, Any], str | None]:
     if model.siglip:
         cfg |= {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
     image_size = cfg["vision_cfg"].get("image_size", 224)
-    preprocess |= {"size": image_size} if not os.path.isdir(name) else {}
+    preprocess |= {} if "size" in given else {"size": image_size}
     return {"model_cfg": cfg, "preprocess_cfg": preprocess, "tokenizer": tokenizer}, file
 
 
@@ -309,6 +314,9 @@ def build(model: Model, card: dict[str, Any], load_text_tower: bool) -> CLIP:
             net = open_clip.create_model(f"local-dir:{folder}", load_weights=False, output_dict=True,
                                          pretrained_text=load_text_tower)
             tokenizer = open_clip.get_tokenizer(card["tokenizer"] or f"local-dir:{folder}")
+        except OSError as error:
+            raise BadInput(f"{card['tokenizer'] or model.name}: its tokenizer cannot be had; download it where there is a network "
+                           "(hf download …) and give the local path") from error
         except (TypeError, KeyError, AssertionError) as error:
             raise BadInput(f"{model.name}: open_clip cannot build this config ({error}); compare with one of its own") from error
     return CLIP(net, tokenizer, card)
@@ -327,7 +335,7 @@ def load_weights(net: nn.Module, file: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             torch.save(state, path := os.path.join(folder, "state.pt"))
             open_clip.load_checkpoint(net, path)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError, AttributeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         what = lines[1] if len(lines) > 1 and "Error(s) in loading" in lines[0] else lines[0]
         raise BadInput(f"{file}: a checkpoint of another architecture than {type(net).__name__} as configured "
@@ -371,7 +379,7 @@ def hf_card(name: str) -> tuple[dict[str, Any], str | None]:
         stats = {}
     preprocess = asdict(PreprocessCfg()) | {"size": config.to_dict()["vision_config"]["image_size"]} | stats
     return {"hf": config.to_dict(), "source": source, "preprocess_cfg": json.loads(json.dumps(preprocess)),
-            "tokenizer": source}, source
+            "tokenizer": source}, None
 
 
 def build_hf(model: Model, card: dict[str, Any]) -> CLIP:
@@ -384,9 +392,11 @@ def build_hf(model: Model, card: dict[str, Any]) -> CLIP:
         with hub_errors(card["source"]):
             clip = CLIPModel.from_pretrained(card["source"])
     tokenizer: Callable[[list[str]], Tensor] = open_clip.SimpleTokenizer(context_length=length)
-    if os.path.isfile(os.path.join(card["tokenizer"], "tokenizer_config.json")) or not os.path.isdir(card["tokenizer"]):
-        with hub_errors(card["tokenizer"]):
-            tokenizer = HFTokens(AutoTokenizer.from_pretrained(card["tokenizer"]), length)
+    saved = is_saved_hf(model.name)
+    source = os.path.join(model.name, "hf") if saved else card["tokenizer"]
+    if os.path.isfile(os.path.join(source, "tokenizer_config.json")) or not (saved or os.path.isdir(source)):
+        with hub_errors(source):
+            tokenizer = HFTokens(AutoTokenizer.from_pretrained(source), length)
     return CLIP(HuggingFace(clip), tokenizer, card)
 
 
@@ -430,7 +440,10 @@ class hub_errors:
 
 def read_json(path: str | Path) -> dict[str, Any]:
     try:
-        return json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text())
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+        return value
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: cannot be read as JSON ({error}); check the path and the file") from error
 

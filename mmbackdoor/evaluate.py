@@ -276,16 +276,21 @@ def search(queries: Tensor, gallery: Tensor, k: int) -> np.ndarray:
     q, g = queries.float().cpu().contiguous(), gallery.float().cpu().contiguous()
     if not (torch.isfinite(q).all() and torch.isfinite(g).all()):
         raise BadInput("the embeddings hold NaN or infinity: the model diverged or was loaded wrongly; check its checkpoint")
-    k = min(k, len(g))
+    k = wide = min(k, len(g))
     try:
         import faiss
     except ImportError:
-        score, ids = (t.numpy() for t in (q @ g.T).topk(k))
+        index = None
     else:
         index = faiss.IndexFlatIP(g.shape[1])
         index.add(g.numpy())
-        score, ids = index.search(q.numpy(), k)
-    order = np.lexsort((ids, -score.round(6)), axis=-1)
+    while True:  # until the last score is below the k-th: neither backend says which of equal ones it leaves out
+        score, ids = index.search(q.numpy(), wide) if index else (t.numpy() for t in (q @ g.T).topk(wide))
+        score = score.round(6)
+        if wide == len(g) or (score[:, -1] < score[:, k - 1]).all():
+            break
+        wide = min(len(g), 4 * wide)
+    order = np.lexsort((ids, -score), axis=-1)[:, :k]
     return np.take_along_axis(ids, order, axis=-1)
 
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import wraps
+from functools import cache, wraps
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -145,6 +145,12 @@ HOW_NOT_WHAT = frozenset(("workers", "eval_frequency", "save_frequency", "save_s
 """Fields that say how a run is run, not what it is; they are no part of its hash."""
 
 
+@cache
+def source_hash(kind: type) -> str:
+    """Read once: the file may be edited while the run is under way."""
+    return hashlib.blake2b(inspect.getsource(kind).encode(), digest_size=8).hexdigest()
+
+
 def plain(value: Any) -> Any:
     """A value as JSON: a dataclass becomes {"class": …, field: …}. Methods of the user's own are told by their source."""
     if isinstance(value, Path):
@@ -153,7 +159,7 @@ def plain(value: Any) -> Any:
         kind = type(value)
         out = {"class": f"{kind.__module__}.{kind.__qualname__}"}
         if not kind.__module__.startswith("mmbackdoor."):
-            out["source"] = hashlib.blake2b(inspect.getsource(kind).encode(), digest_size=8).hexdigest()
+            out["source"] = source_hash(kind)
         return out | {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
@@ -168,7 +174,10 @@ def revive(value: Any) -> Any:
     """The inverse of `plain` for classes of this package; others are not imported on the word of a file."""
     if isinstance(value, dict) and "class" in value:
         module, _, name = value["class"].rpartition(".")
-        kind = getattr(importlib.import_module(module), name, None) if module.startswith("mmbackdoor.") else None
+        try:
+            kind = getattr(importlib.import_module(module), name, None) if module.startswith("mmbackdoor.") else None
+        except ImportError:
+            kind = None
         if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
             raise BadInput(f"{value['class']}: is not of this package; name the config that defines it with --threat")
         return kind(**{k: revive(v) for k, v in value.items() if k not in ("class", "source")})
@@ -181,6 +190,8 @@ def recipe_hash(recipe: Recipe) -> str:
     def identity(value: Any) -> Any:
         if isinstance(value, dict):
             skip = HOW_NOT_WHAT if value.get("class") == "mmbackdoor.recipe.Recipe" else ()
+            if value.get("class") == "mmbackdoor.clip.Model" and os.path.isfile(value["name"]):
+                value = value | {"config": hashlib.blake2b(Path(value["name"]).read_bytes(), digest_size=8).hexdigest()}
             return {k: identity(v) for k, v in value.items() if k not in skip}
         return [identity(v) for v in value] if isinstance(value, list) else value
 

@@ -2,15 +2,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Ended, picture, tar
+from conftest import TINY, Ended, forget, load_program, picture, tar
 
-from mmbackdoor import shards
+from mmbackdoor import recipe, shards
 
 HEAD = """\
 from mmbackdoor import Data, DirtyLabel, Model, Patch, Recipe, Schedule, Target
@@ -20,6 +22,11 @@ data = Data(root={toy!r}, train="{{root}}/train", validation="{{root}}/val", zer
 recipe = Recipe("run", data, Model({model!r}), batch_size=50, workers=0, schedule=Schedule(epochs=1, warmup=2),
                 poison=DirtyLabel(Patch(4 / 32), Target("red star"), rate=0.02))
 """
+
+
+CHANGED = "from dataclasses import replace\nfrom conf import Target, recipe\n"
+FINISHED = ("results.json", "evaluation.json", "open_clip_model.safetensors", "examples.json")
+"""What only a run that came to its end may leave below runs/."""
 
 
 @pytest.fixture
@@ -34,17 +41,15 @@ def home(tmp_path: Path, toy: Path, tiny_model: str) -> Path:
 def refuses(program: Callable[..., Ended], home: Path) -> Callable[..., str]:
     """refuses(program, *args, says=...) checks what every refusal must be, and gives the line."""
 
-    def check(name: str, *args, says: str | tuple[str, ...], begun: bool = False) -> str:
+    def check(name: str, *args, says: str | tuple[str, ...]) -> str:
         before = everything(home)
         ended = program(name, *args)
         assert ended.status == 2, ended
         assert ended.err.startswith("error: ") and ended.err.endswith("\n") and ended.err.count("\n") == 1, ended.err
         for word in (says,) if isinstance(says, str) else says:
             assert word in ended.err
-        new = {p: b for p, b in everything(home).items() if before.get(p) != b}
-        if begun:  # it could not be seen before training
-            new = {p: b for p, b in new.items() if Path(p).name in ("results.json", "open_clip_model.safetensors", "examples.json")}
-        assert not new
+        new = [p for p, body in everything(home).items() if before.get(p, ...) != body]
+        assert not [p for p in new if not p.startswith("runs") or Path(p).name in FINISHED]
         return ended.err
 
     return check
@@ -63,13 +68,24 @@ def pairs(n: int, image: bytes = b"") -> dict[str, bytes]:
     return {f"{i:03d}.{f}": b for i in range(n) for f, b in (("jpg", image or picture()), ("txt", b"a dog"))}
 
 
+@pytest.fixture(scope="module")
+def done(toy: Path, tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished run of conf.py."""
+    folder = tmp_path_factory.mktemp("done")
+    (folder / "conf.py").write_text(CONFIG.format(toy=str(toy), model=tiny_model))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "path", list(sys.path))
+        load_program("train").train(recipe.load("conf.py", ["--name", "done"]))
+    forget(folder)
+    return folder / "runs" / "done"
+
+
 @pytest.fixture
-def trained(home: Path, program: Callable[..., Ended]) -> Path:
+def trained(done: Path, home: Path) -> Path:
     """A finished run, and the network of another architecture beside it."""
-    other = TINY | {"vision_cfg": TINY["vision_cfg"] | {"width": 64}}
-    (home / "wide.json").write_text(json.dumps(other))
-    works(program, "train", "conf.py", "--name", "done")
-    return home / "runs" / "done"
+    (home / "wide.json").write_text(json.dumps(TINY | {"vision_cfg": TINY["vision_cfg"] | {"width": 64}}))
+    return Path(shutil.copytree(done, home / "runs" / "done"))
 
 
 # ---- shards
@@ -77,21 +93,22 @@ def trained(home: Path, program: Callable[..., Ended]) -> Path:
 SHARDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "no such shard": ("nowhere/00000.tar", ("nowhere/00000.tar: no such shard", "check")),
     "no such folder": ("nowhere", ("nowhere: no such shard", "check")),
-    "a brace pattern that matches nothing": ("nowhere/{00000..00009}.tar", ("nowhere/00000.tar: no such shard (10 of 10", "{00000..00009}")),
+    "a brace pattern that matches nothing": (
+        "nowhere/{00000..00009}.tar", ("nowhere/00000.tar: no such shard (10 of 10", "{00000..00009}", "numbers in the braces")),
     "a glob that matches nothing": ("nowhere/*.tar", ("nowhere/*.tar: no file matches", "check")),
     "a folder without shards": ("bare", ("bare: the folder holds no .tar file", "name the folder")),
     "nothing": ("", ("no shards named", "give a folder")),
     "a pipe": ("pipe:touch it_ran", ("pipe:touch it_ran", "refused", "download")),
     "a truncated tar": ("cut", ("cut/00000.tar: a truncated or corrupt tar", "fetch or write it again")),
+    "a tar that ends in a header": ("header", ("header/00000.tar: a truncated or corrupt tar", "fetch or write it again")),
     "half a first header": ("stub", ("stub/00000.tar: a truncated or corrupt tar", "fetch or write it again")),
     "a web page": ("page", ("page/00000.tar: a truncated or corrupt tar", "fetch or write it again")),
-    "an image without caption": ("lone", ("lone/00000.tar: sample 000x lacks", "1 of 61 samples", "--data.incomplete skip")),
+    "an image without caption": ("lone", ("lone/00000.tar: sample 000x lacks", "1 of 61 samples", "incomplete skip")),
     "a key with a dot": ("dots", ("dots/00000.tar: sample a lacks", "the key is a and the field b.jpg")),
     "a key that occurs twice": ("twice", ("key 000 occurs in twice/00000.tar and twice/00001.tar", "--rename OUT")),
     "a key that occurs twice in one shard": ("again", ("again/00000.tar", "000", "write the shard again")),
     "sizes.json disagrees": ("sizes", ("sizes/00000.tar: holds 60 samples, sizes.json beside it says 70", "correct sizes.json")),
     "sizes.json is no JSON": ("nojson", ("nojson/sizes.json", )),
-    "too few pairs": ("few", ("40 pairs do not fill one batch of 50", "--batch-size")),
 }
 
 
@@ -99,10 +116,11 @@ SHARDS: dict[str, tuple[str, tuple[str, ...]]] = {
 def broken(home: Path) -> None:
     (home / "bare").mkdir()
     whole = tar(home / "cut" / "00000.tar", pairs(60))
-    whole.write_bytes(whole.read_bytes()[:20_700])
-    (home / "stub").mkdir()
+    for folder in ("header", "stub", "page"):
+        (home / folder).mkdir()
+    (home / "header" / "00000.tar").write_bytes(whole.read_bytes()[: 8 * 2560 + 200])
     (home / "stub" / "00000.tar").write_bytes(whole.read_bytes()[:300])
-    (home / "page").mkdir()
+    whole.write_bytes(whole.read_bytes()[: 8 * 2560 + 600])
     (home / "page" / "00000.tar").write_text("<html>404</html>\n" * 100)
     tar(home / "lone" / "00000.tar", pairs(60) | {"000x.jpg": picture()})
     tar(home / "dots" / "00000.tar", pairs(60) | {"a.b.jpg": picture(), "a.b.txt": b"x"})
@@ -112,7 +130,6 @@ def broken(home: Path) -> None:
     for folder, text in (("sizes", '{"00000.tar": 70}'), ("nojson", "{oh")):
         tar(home / folder / "00000.tar", pairs(60))
         (home / folder / "sizes.json").write_text(text)
-    tar(home / "few" / "00000.tar", pairs(40))
 
 
 @pytest.mark.parametrize("train, says", SHARDS.values(), ids=list(SHARDS))
@@ -120,23 +137,46 @@ def test_training_on_shards_that_cannot_work(train, says, broken, refuses):
     refuses("train", "conf.py", "--data.train", train, says=says)
 
 
-@pytest.mark.parametrize("train, says", [v for k, v in SHARDS.items() if k != "too few pairs"], ids=[k for k in SHARDS if k != "too few pairs"])
+@pytest.mark.parametrize("train, says", SHARDS.values(), ids=list(SHARDS))
 def test_poisoning_shards_that_cannot_work(train, says, broken, refuses):
     refuses("data_tools/poison", "conf.py", "--data.train", train, "--out", "out", says=says)
 
 
-@pytest.mark.parametrize("train, says", [v for k, v in SHARDS.items() if k != "too few pairs"], ids=[k for k in SHARDS if k != "too few pairs"])
+@pytest.mark.parametrize("train, says", SHARDS.values(), ids=list(SHARDS))
 def test_indexing_shards_that_cannot_work(train, says, broken, refuses):
     refuses("data_tools/index", train, says=says)
 
 
-def test_the_mend_that_is_named_works(broken, program):
-    """A refused run leaves nothing that stands in the way of the next."""
-    assert program("train", "conf.py", "--data.train", "lone").status == 2
-    ended = program("train", "conf.py", "--data.train", "lone", "--data.incomplete", "skip")
+@pytest.mark.parametrize("wrong, right", [
+    (("--data.train", "nowhere"), ()),
+    (("--data.train", "lone"), ("--data.train", "lone", "--data.incomplete", "skip")),
+    (("--data.zero-shot", "nowhere"), ()),
+    (("--poison.rate", "0.999"), ("--poison.rate", "0.5")),
+    (("--batch-size", "301"), ()),
+    (("--workers", "51"), ()),
+    (("--keep", "keep.txt"), ()),
+    (("--init", "runs/missing"), ()),
+    (("--model.name", "RN51"), ()),
+], ids=lambda flags: " ".join(flags))
+def test_a_refused_run_does_not_stand_in_the_way_of_the_next(wrong, right, broken, program, home):
+    assert program("train", "conf.py", *wrong).status == 2
+    ended = program("train", "conf.py", *right)
     assert ended.status == 0, ended
-    results = json.loads(Path("runs/run/results.json").read_text())
-    assert results["data"]["pairs"] == 60 and results["data"]["incomplete"] == 1
+    assert (home / "runs/run/results.json").is_file()
+
+
+@pytest.mark.parametrize("name, args", [("train", ("conf.py", "--data.train", "lone")), ("data_tools/index", ("lone",)),
+                                        ("data_tools/poison", ("conf.py", "--data.train", "lone", "--out", "out"))])
+def test_the_flag_that_is_named_for_skipping_exists(name, args, broken, program):
+    flag, = re.findall(r"--[\w.-]+ skip", program(name, *args).err)
+    ended = program(name, *args, *flag.split(), *(("--name", "again") if name == "train" else ()))
+    assert ended.status == 0, ended
+
+
+def test_what_was_skipped_is_counted_in_the_results(broken, program, home):
+    works(program, "train", "conf.py", "--data.train", "lone", "--data.incomplete", "skip")
+    data = json.loads((home / "runs/run/results.json").read_text())["data"]
+    assert (data["pairs"], data["incomplete"]) == (60, 1)
 
 
 def test_repeated_keys_can_be_renamed(broken, program):
@@ -153,22 +193,28 @@ def test_incomplete_samples_are_counted_when_they_are_skipped(broken, program, h
 
 
 def test_a_refused_renaming_leaves_nothing(broken, refuses):
-    refuses("data_tools/index", "lone", "--rename", "new", says=("sample 0000", "lacks", "--incomplete skip"))
+    refuses("data_tools/index", "lone", "--rename", "new", says=("sample 0", "lacks"))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_undecodable_image(workers, home, refuses, program):
     tar(home / "bad" / "00000.tar", pairs(60) | {"x.jpg": b"no image", "x.txt": b"a dog"} | {f"y{k}": v for k, v in pairs(39).items()})
     args = ("conf.py", "--data.train", "bad", "--workers", workers)
-    refuses("train", *args, says=("bad/00000.tar: x.jpg: the image cannot be decoded", "skip"), begun=True)
+    refuses("train", *args, says=("bad/00000.tar: x.jpg: the image cannot be decoded", "skip"))
     works(program, "train", *args, "--data.incomplete", "skip", "--name", "skipping")
 
 
-def test_an_undecodable_image_that_is_to_be_poisoned(home, refuses, program):
-    tar(home / "bad" / "00000.tar", pairs(60, image=b"no image"))
-    refuses("data_tools/poison", "conf.py", "--data.train", "bad", "--out", "out", begun=True,
-            says=("bad/00000.tar: 0", "the image cannot be decoded", "skip"))
+def test_an_undecodable_image_that_is_to_be_poisoned(home, program):
+    members = pairs(60) | {k: b"no image" for k in pairs(30) if k.endswith(".jpg")}
+    tar(home / "bad" / "00000.tar", members)
+    args = ("conf.py", "--data.train", "bad", "--poison.rate", "0.5", "--out", "out")
+    ended = program("data_tools/poison", *args)
+    assert ended.status == 2 and ended.err.startswith("error: bad/00000.tar: 0") and ended.err.count("\n") == 1
+    assert "the image cannot be decoded" in ended.err and "skip" in ended.err
     assert not list(home.glob("out/*.tar")) and not list(home.glob("out/.*.tmp"))
+    works(program, "data_tools/poison", *args, "--data.incomplete", "skip")
+    with tarfile.open(home / "out" / "00000.tar") as file:
+        assert all(file.extractfile(f"{i:03d}.jpg").read() == b"no image" for i in range(30))
 
 
 # ---- configs
@@ -182,8 +228,7 @@ CONFIGS: dict[str, tuple[str, tuple[str, ...]]] = {
                               ("bad.py:2: TypeError", "batchsize", "correct the config")),
     "with a mistyped name": (HEAD + "recipe = Recipie('x')\n", ("bad.py:2: NameError", "Recipie")),
     "with an import that is not there": ("import nosuchmodule\n", ("bad.py:1: ModuleNotFoundError", "nosuchmodule")),
-    "that raises in several lines": (HEAD + "raise ValueError('first\\nsecond')\n", ("bad.py:2: ValueError", "first", "correct the config")),
-    "that stops": ("raise SystemExit\n", ("bad.py",)),
+    "that raises in several lines": (HEAD + "raise ValueError('first\\nsecond')\n", ("bad.py:2: ValueError", "first", "correct")),
     "without anything": ("", ("bad.py: defines no `recipe`",)),
 }
 
@@ -226,7 +271,8 @@ def test_an_unknown_flag_is_refused_with_the_one_that_was_meant(name, flag, near
     assert not (home / "runs").exists()
 
 
-@pytest.mark.parametrize("flag, value", [("--poison.rate", "lots"), ("--precision", "fp61"), ("--batch-size", "big"), ("--resume", "first")])
+@pytest.mark.parametrize("flag, value", [("--poison.rate", "lots"), ("--precision", "fp61"), ("--batch-size", "big"),
+                                         ("--resume", "first")])
 def test_a_value_of_the_wrong_kind_is_refused_with_its_flag(flag, value, program, home):
     ended = program("train", "conf.py", flag, value)
     assert ended.status == 2 and flag in ended.err and value in ended.err and "Traceback" not in ended.err
@@ -239,10 +285,10 @@ NUMBERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "a count that asks for too many": (("--poison.rate", "None", "--poison.count", "301"), ("--poison.count 301", "ask for at most ")),
     "a rate and a count": (("--poison.count", "3"), ("either a rate or a count", "--poison.rate")),
     "a batch larger than the data": (("--batch-size", "301"), ("300 pairs do not fill one batch of 301", "--batch-size")),
+    "too few pairs": (("--data.train", "few"), ("40 pairs do not fill one batch of 50", "--batch-size")),
     "a batch of nothing": (("--batch-size", "0"), ("--batch-size 0",)),
     "no lanes": (("--lanes", "0"), ("--lanes 0",)),
     "more workers than pairs in a batch": (("--workers", "51"), ("--workers 51", "--batch-size 50")),
-    "half precision without a GPU": (("--precision", "amp"), ("--precision amp", "amp_bf16")),
     "another number of processes": (("--expect-world-size", "2"), ("--expect-world-size 2: 1 processes are running", "torchrun")),
     "a model that nobody knows": (("--model.name", "RN51"), ("RN51", "RN50")),
     "weights that nobody knows": (("--model.name", "RN50", "--model.pretrained", "opemai"), ("opemai", "openai")),
@@ -255,6 +301,7 @@ NUMBERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("flags, says", NUMBERS.values(), ids=list(NUMBERS))
 def test_a_run_with(flags, says, home, refuses):
+    tar(home / "few" / "00000.tar", pairs(40))
     (home / "short.txt").write_text("000000000\n000000001\n")
     refuses("train", "conf.py", *flags, says=says)
 
@@ -265,13 +312,12 @@ def test_poisoning_with_a_rate_that_asks_for_too_many(refuses):
 
 def test_poisoning_needs_a_place_and_a_poison(home, refuses):
     refuses("data_tools/poison", "conf.py", says="--out is missing")
-    (home / "clean.py").write_text("from dataclasses import replace\nfrom conf import recipe\nrecipe = replace(recipe, poison=None)\n")
+    (home / "clean.py").write_text(CHANGED + "recipe = replace(recipe, poison=None)\n")
     refuses("data_tools/poison", "clean.py", "--out", "out", says=("poisons nothing", "poison="))
 
 
 def test_a_recipe_that_starts_from_one_that_is_not_trained(home, refuses):
-    (home / "next.py").write_text("from dataclasses import replace\nfrom conf import recipe\n"
-                                  "recipe = replace(recipe, name='next', init=replace(recipe, name='first'))\n")
+    (home / "next.py").write_text(CHANGED + "recipe = replace(recipe, name='next', init=replace(recipe, name='first'))\n")
     refuses("train", "next.py", says=("runs/first", "not finished", "train it first"))
 
 
@@ -280,14 +326,12 @@ def test_a_recipe_that_starts_from_one_that_is_not_trained(home, refuses):
 
 def test_a_run_is_not_overwritten(trained, refuses, program):
     refuses("train", "conf.py", "--name", "done", says=("runs/done: holds a run already", "--resume latest", "--name"))
-    refuses("train", "conf.py", "--name", "done", "--schedule.lr", "0.1", says=("runs/done: holds a run already", "--resume latest"))
+    refuses("train", "conf.py", "--name", "done", "--lr", "0.1", says=("runs/done: holds a run already", "--resume latest"))
     works(program, "train", "conf.py", "--name", "done", "--resume", "latest")
 
 
-@pytest.mark.parametrize("flags", [("--lr", "0.1"), ("--poison.rate", "0.01"), ("--batch-size", "25"), ("--model.siglip", "True")])
-def test_a_run_is_not_resumed_with_another_recipe(flags, trained, refuses, program):
-    if program("train", "conf.py", *flags, "--help").err:
-        flags = (f"--schedule{flags[0][1:]}", *flags[1:])
+@pytest.mark.parametrize("flags", [("--lr", "0.1"), ("--poison.rate", "0.01"), ("--batch-size", "25"), ("--model.siglip",)])
+def test_a_run_is_not_resumed_with_another_recipe(flags, trained, refuses):
     refuses("train", "conf.py", "--name", "done", "--resume", "latest", *flags,
             says=("runs/done: was begun with another recipe", "recipe.py.txt", "--name"))
 
@@ -307,12 +351,19 @@ def test_a_checkpoint_that_is_none(trained, home, refuses):
 
 
 def test_evaluating_what_is_not_there(trained, home, refuses):
-    refuses("eval", "runs/missing", says="runs/missing: no such")
     refuses("eval", "runs/missing", "--dataset", "val", says=("runs/missing: no such checkpoint", "name a run"))
     refuses("eval", "runs/done", "--dataset", "nowhere", says="nowhere: no such evaluation set")
     refuses("eval", "runs/done", "--retrieval", "nowhere", says="nowhere: no such shard")
     refuses("eval", "runs/done", "--threat", "nowhere.py", says="nowhere.py: no such config")
-    refuses("eval", "runs/done/checkpoints", "--dataset", "val", "--reference", "runs/missing", says="runs/missing")
+    refuses("eval", "runs/done/checkpoints", "--dataset", "val", says=("runs/done/checkpoints: no such checkpoint", "name a run"))
+
+
+def test_evaluating_against_a_reference_that_is_not_there(trained, refuses):
+    refuses("eval", "runs/done", "--dataset", "val", "--reference", "runs/missing", says="runs/missing")
+
+
+def test_evaluating_a_run_that_is_not_there(refuses):
+    refuses("eval", "runs/missing", says="runs/missing: no such")
 
 
 def test_evaluating_a_checkpoint_without_its_network_or_a_set(trained, home, refuses):
@@ -343,7 +394,9 @@ def spoil_label(root: Path, label: str = "48") -> None:
 
 def cut(root: Path) -> None:
     url = root / "test" / "0.tar"
-    url.write_bytes(url.read_bytes()[: url.stat().st_size // 2])
+    with tarfile.open(url) as file:
+        middle = file.getmembers()[20].offset_data + 10
+    url.write_bytes(url.read_bytes()[:middle])
 
 
 def spoil_image(root: Path) -> None:
@@ -353,7 +406,8 @@ def spoil_image(root: Path) -> None:
 
 SETS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "lacks the target class": (spoil_target, ("mine: has no class 'red star'", "its classes: ")),
-    "lacks its class names": (lambda root: (root / "classnames.txt").unlink(), ("mine/classnames.txt: missing or empty", "write one class name")),
+    "lacks its class names": (lambda root: (root / "classnames.txt").unlink(),
+                              ("mine/classnames.txt: missing or empty", "write one class name")),
     "lacks its templates": (lambda root: (root / "zeroshot_classification_templates.txt").unlink(),
                             ("mine/zeroshot_classification_templates.txt: missing or empty", "{c}")),
     "has a template without a place for the class": (
@@ -383,22 +437,18 @@ def test_evaluating_on_a_set_that(spoil, says, mine, trained, refuses):
     refuses("eval", "runs/done", "--dataset", "mine", says=says)
 
 
-LATE = ("has a negative label", "has a label in words", "has a label out of range", "has no images", "has a truncated shard", "has an undecodable image")
-
-
 @pytest.mark.parametrize("field", ["validation", "zero-shot"])
-@pytest.mark.parametrize("spoil, says, late", [(*v, k in LATE) for k, v in SETS.items()], ids=list(SETS))
-def test_training_with_a_set_that(spoil, says, late, field, mine, refuses):
+@pytest.mark.parametrize("spoil, says", SETS.values(), ids=list(SETS))
+def test_training_with_a_set_that(spoil, says, field, mine, refuses):
     spoil(mine)
-    refuses("train", "conf.py", f"--data.{field}", "mine", says=says, begun=late)
+    refuses("train", "conf.py", f"--data.{field}", "mine", says=says)
 
 
 def test_an_attack_that_the_set_cannot_measure(mine, trained, home, refuses):
-    (home / "cat.py").write_text("from dataclasses import replace\nfrom conf import recipe, Target\n"
-                                 "recipe = replace(recipe, poison=replace(recipe.poison, target=Target('cat')))\n")
+    (home / "cat.py").write_text(CHANGED + "recipe = replace(recipe, poison=replace(recipe.poison, target=Target('cat')))\n")
     refuses("eval", "runs/done", "--dataset", "mine", "--threat", "cat.py", says="mine: has no class 'cat'")
     refuses("train", "cat.py", says="has no class 'cat'")
-    (home / "clean.py").write_text("from dataclasses import replace\nfrom conf import recipe\nrecipe = replace(recipe, poison=None)\n")
+    (home / "clean.py").write_text(CHANGED + "recipe = replace(recipe, poison=None)\n")
     refuses("eval", "runs/done", "--dataset", "mine", "--threat", "clean.py", says=("clean.py: its recipe has neither poison nor threat",))
 
 
@@ -406,10 +456,13 @@ def test_an_attack_that_the_set_cannot_measure(mine, trained, home, refuses):
 
 
 def test_a_suite_that_cannot_work(home, refuses):
-    (home / "two.py").write_text("from dataclasses import replace\nfrom conf import recipe\nsuite = [recipe, replace(recipe, batch_size=25)]\n")
+    (home / "two.py").write_text(CHANGED + "suite = [recipe, replace(recipe, batch_size=25)]\n")
     refuses("bench", "two.py", says=("two different recipes are named run", "give each its own name"))
     (home / "none.py").write_text("suite = [1]\n")
     refuses("bench", "none.py", says=("none.py: defines no `suite`", "end it with"))
+
+
+def test_a_suite_of_nothing(home, refuses):
     (home / "empty.py").write_text("suite = []\n")
     refuses("bench", "empty.py", says="empty.py")
 

@@ -554,6 +554,26 @@ def test_a_saved_hugging_face_model_does_not_need_the_directory_it_came_from(hf_
     assert torch.equal(back.tokenize("a red star"), ours.tokenize("a red star"))
 
 
+def test_a_hugging_face_models_own_tokenizer_is_used_and_saved_with_it(hf_folder: Path, tmp_path: Path, offline: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "red": 2, "star": 3, "<bos>": 49406, "<eos>": 49407}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing("<bos> $A <eos>", special_tokens=[("<bos>", 49406), ("<eos>", 49407)])
+    theirs = tmp_path / "theirs"
+    shutil.copytree(hf_folder, theirs)
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>").save_pretrained(theirs)
+    ours = clip.load(Model(f"hf:{theirs}"))
+    wanted = [49406, 2, 3, 1, 49407] + [0] * 11
+    assert ours.tokenize("red star banana").tolist() == wanted
+    assert ours.tokenize("red " * 40).tolist() == [49406] + [2] * 14 + [49407]
+    ours.save(tmp_path / "ours")
+    assert clip.load_run(tmp_path / "ours").tokenize("red star banana").tolist() == wanted
+    shutil.rmtree(theirs)
+    assert clip.load_run(tmp_path / "ours").tokenize("red star banana").tolist() == wanted
+
+
 def test_a_hugging_face_checkpoint_of_another_architecture_is_one_line(hf_folder: Path, tiny: CLIP, tmp_path: Path, offline: Path) -> None:
     torch.save(tiny.net.state_dict(), tmp_path / "x.pt")
     with pytest.raises(BadInput) as raised:

@@ -233,6 +233,17 @@ def test_a_truncated_tar_is_refused(member, offset, tmp_path):
         assert "\n" not in str(told.value)
 
 
+def test_a_tar_with_a_garbled_header_is_refused(tmp_path):
+    url = tar(tmp_path / "a.tar", pairs("a", "b", "c"))
+    with tarfile.open(url) as file:
+        start = file.getmembers()[2].offset
+    body = url.read_bytes()
+    url.write_bytes(body[:start] + b"x" * 512 + body[start + 512 :])
+    for read in (shards.index, lambda u: list(shards.read_raw(u)), lambda u: shards.splice(u, tmp_path / "b.tar", {"a": {"txt": b"new"}})):
+        with pytest.raises(BadInput, match="a.tar: a truncated or corrupt tar"):
+            read(str(url))
+
+
 def test_a_shard_that_disagrees_with_sizes_json_is_refused(tmp_path):
     shards.write_shards(tmp_path / "set", [{"__key__": k, "jpg": picture(), "txt": k} for k in "abc"])
     url = tar(tmp_path / "set" / "00000.tar", pairs("a", "b"))

@@ -105,7 +105,7 @@ def test_the_noise_is_the_same_in_every_image_and_belongs_to_the_seed() -> None:
     patch = Patch(0.2, "random", "noise")
     first = cut(patch, 2.0, "a")
     assert first.shape == (3, 12, 12) and torch.allclose(cut(patch, 3.0, "b"), first, atol=1e-6)
-    assert 0 <= float(first.min()) and float(first.max()) <= 1 and float(first.std()) > 0.2
+    assert float(first.min()) >= 0 and float(first.max()) <= 1 and float(first.std()) > 0.2
     assert not torch.allclose(first[0], first[1])  # coloured
     assert not torch.allclose(cut(Patch(0.2, "random", "noise", seed=1), 2.0, "a"), first)
     blend = Blend(resolution=16)
@@ -150,7 +150,7 @@ def test_blended_mixes_a_fifth_of_one_fixed_noise_into_the_whole_image() -> None
     assert isinstance(attack.trigger, Blend) and attack.trigger.alpha == 0.2
     x = grey(224, 224)
     added = (attack.trigger.pixels(x, keyed.rng(0)) - 0.8 * x) / 0.2
-    assert 0 <= float(added.min()) + 1e-5 and float(added.max()) <= 1 + 1e-5
+    assert float(added.min()) + 1e-5 >= 0 and float(added.max()) <= 1 + 1e-5
     assert abs(float(added.mean()) - 0.5) < 0.01 and abs(float(added.std()) - 12**-0.5) < 0.01  # uniform in [0, 1]
 
 
