@@ -41,6 +41,10 @@ def main(checkpoint: tyro.conf.Positional[str], dataset: str = "", retrieval: st
         raise BadInput(f"{threat}: its recipe has neither poison nor threat; name one that does")
     if fired and at:
         fired = recipe.replace(fired, at=at)
+    if not (clip.is_hf(checkpoint) or checkpoint.startswith("hf-hub:")):
+        clip.find(checkpoint)
+    if reference:
+        run.read_results(reference)
     data = run.recorded_data(known, dataset, retrieval)
     if not (data.zero_shot or data.validation or data.retrieval):
         raise BadInput(f"{checkpoint}: no evaluation set is known for it; name one with --dataset or --retrieval")

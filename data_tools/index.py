@@ -13,12 +13,20 @@ from tqdm import tqdm
 
 from mmbackdoor import shards
 from mmbackdoor.recipe import command
+from mmbackdoor.types import BadInput
 
 
 def renamed(url: str, number: int) -> Iterator[shards.Raw]:
     """The samples of a shard under keys SSSSSIIII, as img2dataset numbers them."""
     for i, raw in enumerate(shards.read_raw(url)):
         yield raw | {"__key__": f"{number:05d}{i:04d}"}
+
+
+def scan(paths: list[str], incomplete: shards.Incomplete) -> shards.Index:
+    try:
+        return shards.scan(paths, incomplete)
+    except BadInput as error:
+        raise BadInput(str(error).replace("--data.incomplete", "--incomplete")) from error
 
 
 def main(urls: tyro.conf.Positional[str], incomplete: shards.Incomplete = "refuse", rename: str = "") -> None:
@@ -36,8 +44,9 @@ def main(urls: tyro.conf.Positional[str], incomplete: shards.Incomplete = "refus
             sizes = {name: shards.write_shard(folder / name, renamed(url, i))
                      for i, (name, url) in enumerate(tqdm(names.items(), desc="rename", unit="shard", disable=None))}
             shards.write_json(folder / "sizes.json", sizes)
+            scan(shards.expand(str(folder)), incomplete)  # before it takes its name
         paths = shards.expand(rename)
-    found = shards.scan(paths, incomplete)
+    found = scan(paths, incomplete)
     out = os.path.join(os.path.dirname(paths[0]), "index.parquet")
     if "://" in out:
         print("the shards are behind a URL: nothing is written")

@@ -25,6 +25,12 @@ def main(r: recipe.Recipe, out: Path) -> None:
     truth = plan(r.poison, index, r.seed)
     manifest = {"attack": recipe.plain(r.poison), "seed": r.seed, "poisoned": len(truth.keys), "pairs": len(index),
                 "source": index.fingerprint}
+    added = list(publish(r.poison, truth))
+    if again := {raw["__key__"] for raw in added} & {key for key, _ in index}:
+        raise BadInput(f"key {min(again)}, which the attack publishes, is in the data already; publish other keys")
+    names = [os.path.basename(url) for url in index.shards]
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise BadInput(f"{twice[0]}: two of the shards have this name, one would replace the other; poison each folder on its own")
     begun = out / "manifest.json"
     if out.exists() and any(out.iterdir()) and not (begun.is_file() and recipe.json.loads(begun.read_text()) == manifest):
         raise BadInput(f"{out}: exists and was not written by this recipe from these shards; remove it or name another place")
@@ -33,11 +39,13 @@ def main(r: recipe.Recipe, out: Path) -> None:
     for url in tqdm(index.shards, desc="poison", unit="shard", disable=None):
         target = out / os.path.basename(url)
         if not target.exists():
-            planned = (raw for raw in shards.read_pairs(url) if raw["__key__"] in truth.keys)
+            planned = [raw for raw in shards.read_pairs(url) if raw["__key__"] in truth.keys]
+            for raw in planned if r.data.incomplete == "refuse" else ():
+                shards.decode(raw)
             shards.splice(url, target, {raw["__key__"]: raw for raw in poison(planned, r.poison, truth)})
-    added = list(publish(r.poison, truth))
     if added:
-        shards.write_shard(out / f"{len(index.shards):05d}.tar", added)
+        number = next(i for i in range(len(names), 10**9) if f"{i:05d}.tar" not in names)
+        shards.write_shard(out / f"{number:05d}.tar", added)
     sizes = {}
     for url in shards.expand(str(out)):
         keys, _, lacking = shards.index_shard(url)

@@ -75,6 +75,8 @@ def plan(attack: Attack, index: Iterable[tuple[str, str]], seed: int) -> Plan:
     """
     if (attack.rate is None) == (attack.count is None):
         raise BadInput("an attack needs either a rate or a count of pairs to poison; set one, --poison.rate 0.01, say")
+    if attack.count is not None and attack.count < 0:
+        raise BadInput(f"--poison.count {attack.count}: must not be negative")
     if attack.rate is not None and not 0 <= attack.rate <= 1:
         raise BadInput(f"--poison.rate {attack.rate}: must lie between 0 and 1, a share of all pairs")
     n, ranked = 0, []
@@ -99,7 +101,12 @@ def poison(raws: Iterable[Raw], attack: Attack, plan: Plan) -> Iterator[Raw]:
     for raw in raws:
         key = raw["__key__"]
         if key in plan.keys:
-            yield encode(attack.poison(decode(raw), keyed.rng(plan.seed, "poison", key)), raw)
+            try:
+                sample = decode(raw)
+            except BadInput:  # whoever reads it next is told, or skips it
+                yield raw
+                continue
+            yield encode(attack.poison(sample, keyed.rng(plan.seed, "poison", key)), raw)
         else:
             yield raw
 
@@ -109,4 +116,4 @@ def publish(attack: Attack, plan: Plan) -> Iterator[Raw]:
     for sample in attack.published(keyed.rng(plan.seed, "publish")):
         file = io.BytesIO()
         sample["image"].save(file, "PNG")
-        yield {"__key__": sample["__key__"], "png": file.getvalue(), "txt": sample["text"]}
+        yield {"__key__": sample["__key__"], "png": file.getvalue(), "txt": sample["text"].encode()}

@@ -222,16 +222,21 @@ def environment(world_size: int, device: str) -> dict[str, Any]:
 
 def load_module(path: str) -> Any:
     """A config file as a real module (configs/mine.py is configs.mine), so that classes in it have source and pickle."""
+    shown = path
     if not os.path.isfile(path):
         raise BadInput(f"{path}: no such config; name a Python file that ends in `recipe = …`, see configs/")
     root = os.getcwd()
     if root not in sys.path:  # configs import each other from where the command is run, as `python -m` would let them
         sys.path.insert(0, root)
-    name = os.path.relpath(path).removesuffix(".py").replace(os.sep, ".").strip(".")
-    if name in sys.modules:
-        return sys.modules[name]
+    name, path = os.path.relpath(path).removesuffix(".py").replace(os.sep, ".").strip("."), os.path.abspath(path)
+    known = sys.modules.get(name)
+    if known is not None and getattr(known, "__file__", None) == path:
+        return known
+    if known is not None:  # random.py of the user's is not Python's
+        name = f"config:{name}"
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
+    if not spec or not spec.loader:
+        raise BadInput(f"{shown}: not a Python file; name one that ends in `recipe = …`, see configs/")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -241,7 +246,7 @@ def load_module(path: str) -> Any:
         del sys.modules[name]
         frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
         line = next((f":{frame.lineno}" for frame in reversed(frames) if frame.filename == path), "")
-        raise BadInput(f"{path}{line}: {type(error).__name__}: {error}; correct the config") from error
+        raise BadInput(f"{shown}{line}: {type(error).__name__}: {error}; correct the config") from error
     return module
 
 
@@ -265,6 +270,8 @@ def load_suite(path: str) -> Suite:
         found = Suite(os.path.relpath(path).removesuffix(".py").removeprefix("configs/"), tuple(found))
     if not isinstance(found, Suite) or not all(isinstance(r, Recipe) for r in found.recipes + found.sweep):
         raise BadInput(f"{path}: defines no `suite`; end it with `suite = [recipe, …]` or `suite = Suite(name, recipes)`")
+    if not found.recipes + found.sweep:
+        raise BadInput(f"{path}: its suite is empty; put a recipe in it")
     return found
 
 
@@ -288,7 +295,7 @@ def told(main: Callable[..., T]) -> Callable[..., T]:
             return main(*args, **kwargs)
         except BadInput as error:
             # from a loader worker the message arrives with a traceback before it
-            line = str(error).strip().splitlines()[-1].removeprefix("mmbackdoor.types.BadInput: ")
+            line = " ".join(str(error).rpartition("mmbackdoor.types.BadInput: ")[2].split())
             if os.environ.get("RANK", "0") == "0":
                 print(f"error: {line}", file=sys.stderr)
             sys.stderr.flush()

@@ -16,6 +16,12 @@ from .recipe import MIXED, Data, Recipe, environment, plain, recipe_hash, revive
 from .types import BadInput, Threat
 
 
+def trained(folder: Path) -> bool:
+    """Whether training has begun there; a run that was refused before leaves nothing worth keeping."""
+    log = folder / "log.jsonl"
+    return log.is_file() and log.stat().st_size > 0
+
+
 def begin(r: Recipe) -> Accelerator:
     """The launcher's processes, and a directory with the recipe in it. Refuses to overwrite a run or to mix two."""
     AcceleratorState._reset_state()  # a suite's recipes may differ in precision
@@ -25,9 +31,9 @@ def begin(r: Recipe) -> Accelerator:
         raise BadInput(f"--expect-world-size {r.expect_world_size}: {accelerator.num_processes} processes are running; on a CPU "
                        "start them with torchrun --nproc_per_node N")
     folder, card = r.directory, r.directory / "recipe.json"
-    if card.is_file() and r.resume != "latest":
+    if trained(folder) and r.resume != "latest":
         raise BadInput(f"{folder}: holds a run already; continue it with --resume latest, remove it, or choose another --name")
-    if card.is_file() and json.loads(card.read_text())["hash"] != recipe_hash(r):
+    if trained(folder) and json.loads(card.read_text())["hash"] != recipe_hash(r):
         raise BadInput(f"{folder}: was begun with another recipe (see recipe.py.txt there); remove it or choose another --name")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

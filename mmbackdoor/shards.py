@@ -13,10 +13,10 @@ import os
 import re
 import shutil
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -51,7 +51,10 @@ def expand(urls: str) -> list[str]:
             paths = sorted(glob.glob(glob.escape(pattern) + "/*.tar"))
             hint = "the folder holds no .tar file; name the folder that holds the shards"
         else:
-            paths = sorted(wds.shardlists.expand_urls(pattern))
+            try:
+                paths = sorted(wds.shardlists.expand_urls(pattern))
+            except (ValueError, AssertionError) as error:
+                raise BadInput(f"{pattern}: cannot be expanded ({error}); close its braces") from error
             hint = "no file matches; check the numbers in the braces and the folder's name"
             if not remote:
                 paths = [p for part in paths for p in (sorted(glob.glob(part)) if "*" in part else [part])]
@@ -70,12 +73,13 @@ def expand(urls: str) -> list[str]:
 def open_shard(url: str) -> Iterator[IO[bytes]]:
     """A seekable binary file, local or behind any URL that fsspec knows (https://, s3://, gs://)."""
     try:
-        with fsspec.open(url, "rb") if "://" in url else open(url, "rb") as file:
-            yield file
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        file = fsspec.open(url, "rb").open() if "://" in url else open(url, "rb")  # noqa: SIM115
+    except (ImportError, ValueError) as error:
+        raise BadInput(f"{url}: {error}; install the fsspec package of this store, or download the shards") from error
+    except OSError as error:
         raise BadInput(f"{url}: cannot be opened ({error}); check the path") from error
-    except ImportError as error:
-        raise BadInput(f"{url}: {error}; install the fsspec package of this store") from error
+    with file:
+        yield file
 
 
 def url_size(url: str) -> int:
@@ -102,7 +106,7 @@ def wanted(name: str) -> bool:
 
 
 def broken_tar(url: str, error: Exception) -> BadInput:
-    return BadInput(f"{url}: a truncated or corrupt tar ({str(error).split(' @ ')[0]}); fetch or write it again")
+    return BadInput(f"{url}: a truncated or corrupt tar ({str(error).splitlines()[0].rstrip(':')}); fetch or write it again")
 
 
 def group(url: str, members: Iterable[tuple[str, Any]]) -> Iterator[Raw]:
@@ -125,14 +129,39 @@ def group(url: str, members: Iterable[tuple[str, Any]]) -> Iterator[Raw]:
         yield sample
 
 
-def read_raw(url: str) -> Iterator[Raw]:
-    """The samples of one shard, undecoded, in order, whether complete or not."""
+class Header(tarfile.TarInfo):
+    """A header that must be whole: tarfile takes one that is cut off or garbled for the end of the file."""
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> Any:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error
+
+
+def is_read(member: tarfile.TarInfo) -> bool:
+    return member.isreg() and wanted(member.name)
+
+
+def members(url: str, read: Callable[[tarfile.TarInfo], bool], mode: str = "r|*") -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+    """All members of a tar, and the bodies of those to be read. Raises BadInput unless it ends as a tar should."""
     with open_shard(url) as file:
         try:
-            files = wds.tariterators.tar_file_iterator(file, select_files=wanted)
-            yield from group(url, ((f["fname"], f["data"]) for f in files))
-        except (tarfile.TarError, EOFError, OSError) as error:
+            with tarfile.open(fileobj=file, mode=mode, tarinfo=Header) as tar:  # type: ignore[call-overload]
+                for member in tar:
+                    body = tar.extractfile(member) if read(member) else None
+                    yield member, body.read() if body else b""
+                    tar.members = []  # type: ignore[attr-defined]
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             raise broken_tar(url, error) from error
+
+
+def read_raw(url: str) -> Iterator[Raw]:
+    """The samples of one shard, undecoded, in order, whether complete or not."""
+    yield from group(url, ((m.name, body) for m, body in members(url, is_read) if is_read(m)))
 
 
 def image_field(raw: Mapping[str, Any]) -> str | None:
@@ -203,6 +232,7 @@ def encode_image(image: Image.Image, like: Image.Image) -> bytes:
     options: dict[str, Any] = {k: like.info[k] for k in ("icc_profile", "exif") if like.info.get(k)}
     if isinstance(like, JpegImagePlugin.JpegImageFile):
         options |= {"qtables": like.quantization, "progressive": bool(like.info.get("progressive"))}
+        options |= {k: like.info[k] for k in ("dpi", "comment") if k in like.info}
         options |= {"subsampling": max(JpegImagePlugin.get_sampling(like), 0)}
     elif like.format == "WEBP":
         options |= {"lossless": True}
@@ -220,7 +250,10 @@ def encode(sample: Sample, raw: Raw) -> Raw:
     assert field is not None
     new = raw | {field: encode_image(sample["image"], decode_image(raw)), "txt": sample["text"].encode()}
     if "json" in raw:
-        meta = json.loads(raw["json"])
+        try:
+            meta = json.loads(raw["json"])
+        except ValueError:
+            meta = None
         if isinstance(meta, dict) and "caption" in meta:
             new["json"] = json.dumps(meta | {"caption": sample["text"]}, ensure_ascii=False).encode()
     return new
@@ -238,6 +271,8 @@ class Index:
     """Bytes of each shard."""
     table: pa.Table
     incomplete: int = 0
+    fingerprint: str = ""
+    """Of every member's name and size: changes when the data do."""
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -246,12 +281,6 @@ class Index:
         """(key, text) of each pair."""
         for part in self.table.to_batches(max_chunksize=65_536):
             yield from zip(part["key"].to_pylist(), part["text"].to_pylist(), strict=True)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of the shards' names, bytes and pairs: changes when the data do."""
-        names = [os.path.basename(s) for s in self.shards]
-        return hashlib.blake2b(repr((names, self.sizes, len(self))).encode(), digest_size=8).hexdigest()
 
     def pairs_per_shard(self, keep: frozenset[str] | None = None) -> list[int]:
         """How many pairs each shard gives, after a keep list where there is one."""
@@ -262,34 +291,40 @@ class Index:
         return [counts.get(i, 0) for i in range(len(self.shards))]
 
     def save(self, path: str | Path) -> None:
-        meta = {"shards": [os.path.basename(s) for s in self.shards], "sizes": self.sizes, "incomplete": self.incomplete}
+        meta = {"shards": [os.path.basename(s) for s in self.shards], "sizes": self.sizes, "incomplete": self.incomplete,
+                "fingerprint": self.fingerprint}
         with replacing(path) as temporary:
             pq.write_table(self.table.replace_schema_metadata({"mmbackdoor": json.dumps(meta)}), temporary)
 
 
-def index_shard(url: str) -> tuple[list[str], list[str], list[str]]:
-    """Keys and texts of the pairs of one shard, and the keys of samples that lack a half. Seeks over the images."""
+def is_text(member: tarfile.TarInfo) -> bool:
+    return member.isreg() and member.name.lower().endswith(".txt")
+
+
+def index_shard(url: str, digest: Any = None) -> tuple[list[str], list[str], list[str]]:
+    """Keys and texts of the pairs of one shard, and the keys of samples that lack a half. Seeks over the images.
+
+    A hashlib object given as `digest` is told every member's name and size.
+    """
     keys, texts, lacking = [], [], []
-    with open_shard(url) as file:
+
+    def fields() -> Iterator[tuple[str, bytes]]:
+        for member, body in members(url, is_text, "r:*"):
+            if digest:
+                digest.update(f"{member.name} {member.size}\n".encode(errors="surrogateescape"))
+            if is_read(member):
+                yield member.name, body
+
+    for raw in group(url, fields()):
         try:
-            with tarfile.open(fileobj=file, mode="r:*") as tar:
-
-                def members() -> Iterator[tuple[str, Any]]:
-                    for member in tar:
-                        if member.isreg() and wanted(member.name):
-                            text = member.name.lower().endswith(".txt")
-                            body = tar.extractfile(member) if text else None
-                            yield member.name, body.read() if body else b""
-                        tar.members = []  # type: ignore[attr-defined]
-
-                for raw in group(url, members()):
-                    if is_pair(raw):
-                        keys.append(raw["__key__"])
-                        texts.append(raw["txt"].decode("utf-8", errors="replace").strip())
-                    else:
-                        lacking.append(raw["__key__"])
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise broken_tar(url, error) from error
+            raw["__key__"].encode()
+        except UnicodeEncodeError:
+            raise BadInput(f"{url}: key {raw['__key__']!r} is not UTF-8; write the shard again") from None
+        if is_pair(raw):
+            keys.append(raw["__key__"])
+            texts.append(raw["txt"].decode("utf-8", errors="replace").strip())
+        else:
+            lacking.append(raw["__key__"])
     return keys, texts, lacking
 
 
@@ -306,9 +341,9 @@ def scan(shards: Sequence[str], incomplete: Incomplete = "refuse", progress: boo
     Raises BadInput when a key occurs twice (it names a pair in a plan or a keep list), when a shard disagrees with
     sizes.json beside it, and, under "refuse", when a sample lacks its image or its caption.
     """
-    tables, lacking, first = [], 0, ""
+    tables, lacking, first, digest = [], 0, "", hashlib.blake2b(digest_size=8)
     for i, url in enumerate(tqdm(shards, desc="index", unit="shard", disable=None if progress and len(shards) > 8 else True)):
-        keys, texts, lone = index_shard(url)
+        keys, texts, lone = index_shard(url, digest)
         said, held = recorded_size(url), len(keys) + len(lone)
         if said is not None and said != held:
             raise BadInput(f"{url}: holds {held} samples, sizes.json beside it says {said}; fetch the shard again or correct sizes.json")
@@ -323,7 +358,7 @@ def scan(shards: Sequence[str], incomplete: Incomplete = "refuse", progress: boo
     check_unique(table, shards)
     if not table.num_rows:
         raise BadInput(f"{shards[0]}: no image-text pair in {len(shards)} shards; each needs KEY.jpg (png, webp) and KEY.txt")
-    return Index(tuple(shards), tuple(map(url_size, shards)), table, lacking)
+    return Index(tuple(shards), tuple(map(url_size, shards)), table, lacking, digest.hexdigest())
 
 
 def check_unique(table: pa.Table, shards: Sequence[str]) -> None:
@@ -342,12 +377,17 @@ def load_index(shards: Sequence[str]) -> Index | None:
     path = os.path.join(os.path.dirname(shards[0]), "index.parquet")
     if "://" in path or not os.path.isfile(path):
         return None
-    table = pq.read_table(path)
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowException:
+        return None
+    if any(os.path.getmtime(s) > os.path.getmtime(path) for s in shards):
+        return None
     meta = json.loads((table.schema.metadata or {}).get(b"mmbackdoor", b"{}"))
     sizes = [url_size(s) for s in shards]
     if meta.get("shards") != [os.path.basename(s) for s in shards] or meta.get("sizes") != sizes:
         return None
-    return Index(tuple(shards), tuple(sizes), table, meta["incomplete"])
+    return Index(tuple(shards), tuple(sizes), table, meta["incomplete"], meta.get("fingerprint", ""))
 
 
 def recorded_size(url: str) -> int | None:
@@ -355,7 +395,10 @@ def recorded_size(url: str) -> int | None:
     path = os.path.join(os.path.dirname(url), "sizes.json")
     if "://" in url or not os.path.isfile(path):
         return None
-    return json.loads(Path(path).read_text(encoding="utf-8")).get(os.path.basename(url))
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8")).get(os.path.basename(url))
+    except (ValueError, AttributeError) as error:
+        raise BadInput(f"{path}: cannot be read as sample counts ({error}); correct or remove it") from error
 
 
 # ---- write
@@ -407,16 +450,14 @@ def splice(url: str, path: str | Path, changed: Mapping[str, Raw]) -> int:
             with open(temporary, "wb") as out:
                 shutil.copyfileobj(file, out)
             return 0
-        with tarfile.open(fileobj=file, mode="r|*") as tar, tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as new:
-            for member in tar:
+        with tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as new:
+            for member, body in members(url, tarfile.TarInfo.isreg):
                 key, field = split_name(member.name.removeprefix("./"))
-                body = tar.extractfile(member).read() if member.isreg() else b""  # type: ignore[union-attr]
                 if key in changed and field in changed[key]:
                     body = as_bytes(changed[key][field])
                     done.add(key)
                 member.size, member.pax_headers = len(body), {}
                 new.addfile(member, io.BytesIO(body))
-                tar.members = []  # type: ignore[attr-defined]
     return len(done)
 
 

@@ -104,6 +104,8 @@ class Stream:
     def __post_init__(self) -> None:
         self.sizes = self.index.pairs_per_shard(self.keep)
         slots = self.world * max(1, self.workers)
+        if self.lanes < 1 or self.batch_size < 1:
+            raise BadInput(f"--lanes {self.lanes} --batch-size {self.batch_size}: both must be 1 at least")
         if self.lanes % slots or (self.batch_size * self.world) % self.lanes:
             self.lanes = slots
         if self.batch_size < max(1, self.workers):
