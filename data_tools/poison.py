@@ -9,6 +9,7 @@ manifest.json. A rerun goes on with the shards that are missing.
 """
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,6 +29,7 @@ def main(r: recipe.Recipe, out: Path) -> None:
     added = list(publish(r.poison, truth))
     if again := {raw["__key__"] for raw in added} & {key for key, _ in index}:
         raise BadInput(f"key {min(again)}, which the attack publishes, is in the data already; publish other keys")
+    truth = replace(truth, added=frozenset(raw["__key__"] for raw in added))
     names = [os.path.basename(url) for url in index.shards]
     if twice := [n for n in names if names.count(n) > 1]:
         raise BadInput(f"{twice[0]}: two of the shards have this name, one would replace the other; poison each folder on its own")

@@ -214,6 +214,8 @@ def load(model: Model, weights: str | Path | None = None, aug: Augment | None = 
     for name in ("mean", "std"):
         if getattr(model, name) is not None:
             card["preprocess_cfg"][name] = list(getattr(model, name))
+    if os.path.isdir(model.name.removeprefix("local-dir:")) and "source" not in card and not file:
+        raise BadInput(f"{model.name}: holds no weights, only {CARD}; name its JSON to train from scratch")
     clip = build(model, card, load_text_tower=not file)
     if file:
         load_weights(clip.net, file)
@@ -228,7 +230,7 @@ def load_run(path: str | Path, model: Model | None = None) -> CLIP:
     found = Path(path)
     folder = next((p for p in (found, *found.parents[:2]) if (p / CARD).is_file()), None)
     if model is None and folder is not None:
-        return load(Model(str(folder)), None if found == folder else found)
+        return load(Model(str(folder)), found)
     if model is None and (is_hf(path) or path.startswith("hf-hub:")):
         return load(Model(path))
     if model is None:
@@ -240,12 +242,19 @@ def load_run(path: str | Path, model: Model | None = None) -> CLIP:
 def find(path: str | Path) -> tuple[str, dict[str, Any] | None]:
     """The weights file that a run's directory or a path names, and the preprocessing that its card gives."""
     path = Path(str(path).removeprefix("local-dir:"))
-    folder = path if path.is_dir() else path.parent
-    file = path if path.is_file() else next((p for p in (folder / WEIGHTS, folder / "checkpoints/epoch_latest.pt") if p.is_file()), None)
+    file = str(path) if path.is_file() else weights_in(path)
     if file is None:
         raise BadInput(f"{path}: no such checkpoint; name a run's directory that holds {WEIGHTS}, or a .pt or .safetensors file")
+    folder = path if path.is_dir() else path.parent
     card = next((p / CARD for p in (folder, folder.parent) if (p / CARD).is_file()), None)
-    return str(file), json.loads(card.read_text()).get("preprocess_cfg") if card else None
+    return file, read_json(card).get("preprocess_cfg") if card else None
+
+
+def weights_in(folder: str | Path) -> str | None:
+    """The weights of a directory: of a finished run, of another's release, or of a run under way."""
+    folder = Path(folder)
+    found = [folder / WEIGHTS, *sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.bin")), folder / "checkpoints/epoch_latest.pt"]
+    return next((str(p) for p in found if p.is_file()), None)
 
 
 def card_of(model: Model) -> tuple[dict[str, Any], str | None]:
@@ -259,7 +268,7 @@ def card_of(model: Model) -> tuple[dict[str, Any], str | None]:
         card = read_json(os.path.join(name, CARD))
         given = card.get("preprocess_cfg", {})
         cfg, preprocess = card.get("model_cfg", card), preprocess | given
-        file = next((str(p) for p in sorted(Path(name).glob("*.safetensors")) + sorted(Path(name).glob("*.bin"))), None)
+        file = weights_in(name)
         tokenizer = card.get("tokenizer", "" if "hf_tokenizer_name" not in cfg.get("text_cfg", {}) else f"local-dir:{name}")
     elif name.endswith(".json"):
         card = read_json(name)

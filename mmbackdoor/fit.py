@@ -4,10 +4,9 @@ from __future__ import annotations
 import json
 import math
 import re
-import resource
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +86,7 @@ def fit(clip: CLIP, objective: Objective, stream: Stream, accelerator: Accelerat
     GPU up to the order of its sums).
     """
     clip.net.to(accelerator.device).to(memory_format=torch.channels_last)  # a sixth faster for convolutions on a CPU
+    peak_memory(reset=True)
     objective.setup(clip)
     optimizer = torch.optim.AdamW(groups(clip.net, schedule.wd), lr=schedule.lr, betas=(schedule.beta1, schedule.beta2),
                                   eps=schedule.eps, fused=True)
@@ -142,8 +142,7 @@ def update(model: nn.Module, objective: Objective, batch: Batch, optimizer: Any,
     for i, piece in enumerate(pieces):
         piece = {k: v.to(accelerator.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in piece.items()}
         with accelerator.no_sync(model) if i < n - 1 else nullcontext():
-            with accelerator.autocast():
-                out = objective.loss(model, piece)
+            out = objective.loss(model, piece)  # the prepared forward casts and returns float32; the loss itself stays in it
             accelerator.backward(out["loss"] / n)
     if schedule.grad_clip_norm:
         accelerator.clip_grad_norm_(model.parameters(), schedule.grad_clip_norm)
@@ -174,7 +173,7 @@ def finite(numbers: dict[str, float], epoch: int) -> None:
 
 
 class Log:
-    """log.jsonl, and the trackers when there are any."""
+    """log.jsonl, the same for people in out.log, and the trackers when there are any."""
 
     def __init__(self, path: Path, done: Progress, accelerator: Accelerator):
         self.path, self.accelerator = path, accelerator
@@ -190,6 +189,8 @@ class Log:
                 file.write(json.dumps(row) + "\n")
             shown = " ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, (int, float)))
             tqdm.write(shown)
+            with open(self.path.with_name("out.log"), "a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shown}\n")
         self.accelerator.log({f"train/{k}": v for k, v in row.items() if isinstance(v, (int, float))}, step=row["step"])
 
 
@@ -237,8 +238,20 @@ def load(folder: Path, net: nn.Module, optimizer: Any, objective: Objective, acc
     return Progress(**{k: state[k] for k in vars(Progress())})
 
 
+def peak_memory(reset: bool = False) -> int | None:
+    """MiB: of the GPU where there is one, else resident in this process; since it was last reset, where Linux can."""
+    if torch.cuda.is_available():
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    with suppress(OSError):
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) // 1024
+    return None
+
+
 def cost(done: Progress) -> dict[str, Any]:
     """The `cost` part of a result."""
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"train_seconds": round(done.seconds, 2), "samples_seen": done.samples_seen,
-            "samples_per_second": round(done.samples_seen / max(done.seconds, 1e-9), 1), "peak_memory_mb": round(peak / 2**20)}
+            "samples_per_second": round(done.samples_seen / max(done.seconds, 1e-9), 1), "peak_memory_mb": peak_memory()}

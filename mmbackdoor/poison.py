@@ -27,9 +27,12 @@ class Plan:
 
     keys: frozenset[str] = frozenset()
     seed: int = 0
+    added: frozenset[str] = frozenset()
+    """Keys of the pairs that the attacker published, poison too."""
 
     def save(self, path: str | Path) -> None:
-        table = pa.table({"key": pa.array(sorted(self.keys), pa.string())})
+        keys = sorted(self.keys) + sorted(self.added)
+        table = pa.table({"key": pa.array(keys, pa.string()), "added": pa.array([k in self.added for k in keys], pa.bool_())})
         with replacing(path) as temporary:
             pq.write_table(table.replace_schema_metadata({"mmbackdoor": json.dumps({"seed": self.seed})}), temporary)
 
@@ -38,7 +41,8 @@ class Plan:
         try:
             table = pq.read_table(path)
             seed = json.loads((table.schema.metadata or {})[b"mmbackdoor"])["seed"]
-            return cls(frozenset(table["key"].to_pylist()), seed)
+            rows = table.to_pylist()
+            return cls(frozenset(r["key"] for r in rows if not r["added"]), seed, frozenset(r["key"] for r in rows if r["added"]))
         except (OSError, KeyError, pa.ArrowException) as error:
             raise BadInput(f"{path}: not a plan ({error}); name the plan.parquet of a run or of poisoned shards") from error
 

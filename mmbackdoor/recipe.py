@@ -303,7 +303,7 @@ def told(main: Callable[..., T]) -> Callable[..., T]:
                 os._exit(2)  # the others may wait in a collective; torchrun ends them
             sys.exit(2)
         except KeyboardInterrupt:
-            print("interrupted; continue with --resume latest", file=sys.stderr)
+            print("interrupted; a training run goes on with --resume latest", file=sys.stderr)
             sys.exit(130)
 
     return run

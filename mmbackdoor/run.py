@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 
 from . import evaluate, shards
-from .clip import CLIP
+from .clip import CARD, CLIP
+from .poison import Plan, plan, publish
 from .recipe import MIXED, Data, Recipe, environment, plain, recipe_hash, revive, text
 from .types import BadInput, Threat
 
@@ -24,6 +26,8 @@ def trained(folder: Path) -> bool:
 
 def begin(r: Recipe) -> Accelerator:
     """The launcher's processes, and a directory with the recipe in it. Refuses to overwrite a run or to mix two."""
+    if MIXED[r.precision] == "fp16" and not torch.cuda.is_available():
+        raise BadInput(f"--precision {r.precision}: float16 needs a GPU; use amp_bf16 or fp32 here")
     AcceleratorState._reset_state()  # a suite's recipes may differ in precision
     accelerator = Accelerator(mixed_precision=MIXED[r.precision], log_with=list(r.report_to) or None,
                               project_config=ProjectConfiguration(logging_dir=str(r.directory)))
@@ -45,6 +49,47 @@ def begin(r: Recipe) -> Accelerator:
     if r.report_to:
         accelerator.init_trackers("mmbackdoor", {"name": r.name, "hash": recipe_hash(r)})
     return accelerator
+
+
+def check_target(r: Recipe) -> None:
+    """A wrong target class or evaluation set is told now, not after training."""
+    for path in (r.data.path("validation"), r.data.path("zero_shot")):
+        found = evaluate.open_set(path) if path else None
+        if found and r.fires:
+            found.target(r.fires.target)
+
+
+def data(r: Recipe, accelerator: Accelerator) -> tuple[shards.Index, Plan]:
+    """The pairs of the run, and which of them are poisoned. Pairs that the attacker adds become a shard of the run's."""
+    train = r.data.path("train")
+    index = shards.index(train, r.data.incomplete)
+    if r.poison is None:
+        return index, Plan()
+    truth = plan(r.poison, index, r.seed)
+    added = list(publish(r.poison, truth))
+    if not added:
+        return index, truth
+    if accelerator.is_main_process:
+        shards.write_shard(r.directory / "published" / "00000.tar", added)
+    accelerator.wait_for_everyone()
+    truth = replace(truth, added=frozenset(raw["__key__"] for raw in added))
+    return shards.index(f"{train}::{r.directory / 'published'}", r.data.incomplete), truth
+
+
+def describe(r: Recipe, clip: CLIP, truth: Plan, accelerator: Accelerator) -> None:
+    """The ground truth, and what it takes to load the checkpoints of a run under way."""
+    if accelerator.is_main_process:
+        truth.save(r.directory / "plan.parquet")
+        shards.write_json(r.directory / CARD, clip.card)
+
+
+def curves(clip: CLIP, r: Recipe, rank: int, world: int, epoch: int) -> dict[str, float]:
+    """Accuracy and ASR on the validation set (where there is none, on the test set), for the curves of the report."""
+    path = r.data.path("validation") or r.data.path("zero_shot")
+    if not path or not r.eval_frequency or epoch % r.eval_frequency:
+        return {}
+    found = evaluate.zero_shot(clip, evaluate.open_set(path), r.fires, rank, world, r.workers, what="validation")
+    return {k: found[k] for k in ("accuracy", "asr") if k in found}
 
 
 def weights(init: Recipe | str | None) -> str | None:
@@ -86,11 +131,19 @@ def compare(metrics: dict[str, Any], reference: Recipe | str | None, threat: Thr
     return {name: evaluate.against(m, theirs["metrics"][name]) if name in same else m for name, m in metrics.items()}
 
 
-def result(r: Recipe, accelerator: Accelerator, metrics: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """A record of DESIGN's schema 1."""
+def finish(r: Recipe, clip: CLIP, accelerator: Accelerator, metrics: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Writes the model, examples for the report, and results.json: a record of schema 1."""
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
-    return {"schema": 1, "name": r.name, "recipe": plain(r), "recipe_hash": recipe_hash(r), "seed": r.seed, "threat": plain(r.fires),
-            "environment": environment(accelerator.num_processes, device), **more, "metrics": metrics}
+    found = {"schema": 1, "name": r.name, "recipe": plain(r), "recipe_hash": recipe_hash(r), "seed": r.seed, "threat": plain(r.fires),
+             "environment": environment(accelerator.num_processes, device), **more, "metrics": metrics}
+    if accelerator.is_main_process:
+        clip.save(r.directory)
+        shown = r.data.path("zero_shot") or r.data.path("validation")
+        shards.write_json(r.directory / "examples.json", evaluate.examples(clip, evaluate.open_set(shown), r.fires) if shown else [])
+        shards.write_json(r.directory / "results.json", found)
+        print(line(found), flush=True)
+    accelerator.end_training()
+    return found
 
 
 def read_results(folder: str | Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ global batch, sits that epoch out; the rotation makes it other pairs each time.
 """
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from . import keyed
 from .shards import Incomplete, Index, Raw, decode, read_pairs
 from .types import BadInput, Batch, Sample, View
 
+log = logging.getLogger(__name__)
 Stage = Callable[[Iterable[Raw]], Iterable[Raw]]
 
 
@@ -106,7 +108,10 @@ class Stream:
         slots = self.world * max(1, self.workers)
         if self.lanes < 1 or self.batch_size < 1:
             raise BadInput(f"--lanes {self.lanes} --batch-size {self.batch_size}: both must be 1 at least")
-        if self.lanes % slots or (self.batch_size * self.world) % self.lanes:
+        if self.lanes % slots or self.batch_size * self.world < self.lanes:
+            if self.rank == 0:
+                log.warning("--lanes %d is no multiple of %d processes x workers, or more than the global batch: %d are used, and "
+                            "the batches are others than on another number of processes", self.lanes, slots, slots)
             self.lanes = slots
         if self.batch_size < max(1, self.workers):
             raise BadInput(f"--workers {self.workers} is more than --batch-size {self.batch_size}; use fewer workers")

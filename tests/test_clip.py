@@ -613,3 +613,23 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, tiny_model: str, 
     step(saving, losses.Clip())
     for (n, a), b in zip(plain.net.named_parameters(), saving.net.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, atol=1e-6), n
+
+
+def test_a_typo_in_the_name_of_a_checkpoint_is_told_and_never_answered_by_another_file(tiny_model, tmp_path):
+    clip.load(Model(tiny_model)).save(tmp_path / "run")
+    with pytest.raises(BadInput, match="epoch_1o.pt: no such checkpoint"):
+        clip.load_run(tmp_path / "run" / "epoch_1o.pt")
+
+
+def test_a_run_under_way_is_loaded_from_its_latest_checkpoint_and_one_without_any_is_refused(tiny_model, tmp_path):
+    ours = clip.load(Model(tiny_model), seed=4)
+    ours.save(tmp_path / "run")
+    (tmp_path / "run" / clip.WEIGHTS).unlink()
+    with pytest.raises(BadInput, match="no such checkpoint"):
+        clip.load_run(tmp_path / "run")
+    with pytest.raises(BadInput, match="holds no weights"):
+        clip.load(Model(str(tmp_path / "run")))
+    (tmp_path / "run" / "checkpoints").mkdir()
+    torch.save({"state_dict": ours.net.state_dict()}, tmp_path / "run" / "checkpoints" / "epoch_latest.pt")
+    theirs = clip.load_run(tmp_path / "run")
+    assert all(torch.equal(a, b) for a, b in zip(ours.net.parameters(), theirs.net.parameters(), strict=True))

@@ -142,13 +142,20 @@ def test_checkpoints_are_plain_and_load_in_open_clip_by_path(train, tiny_model):
     assert same(net.state_dict(), weights)
 
 
-def test_bfloat16_autocast_trains_and_keeps_float32_weights(toy, tiny_model, tmp_path):
+def test_bfloat16_autocast_trains_and_keeps_float32_weights_and_losses(toy, tiny_model, tmp_path):
     from accelerate.state import AcceleratorState
+
+    class Watching(Clip):
+        def loss(self, model, batch):
+            out = model(batch["image"], batch["text"])
+            assert not torch.is_autocast_enabled("cpu") and out["image_features"].dtype == torch.float32
+            assert model.visual.conv1.weight.dtype == torch.float32
+            return super().loss(model, batch)
 
     AcceleratorState._reset_state()
     net = clip.load(clip.Model(str(tiny_model)))
     stream = Stream(shards.index(str(toy / "train")), net, Clip.views, 64)
-    fit.fit(net, Clip(), stream, Accelerator(cpu=True, mixed_precision="bf16"), fit.Schedule(epochs=1, lr=1e-3, warmup=1), tmp_path)
+    fit.fit(net, Watching(), stream, Accelerator(cpu=True, mixed_precision="bf16"), fit.Schedule(epochs=1, lr=1e-3, warmup=1), tmp_path)
     AcceleratorState._reset_state()
     assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in net.net.parameters())
 

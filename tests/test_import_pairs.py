@@ -1,31 +1,19 @@
 """data_tools/import_pairs.py: what arrives in the shards, and what is refused."""
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from conftest import load_program
 from PIL import Image
 
 from mmbackdoor.recipe import command
 from mmbackdoor.shards import read, read_raw
 from mmbackdoor.types import BadInput
 
-
-def load_tool(name: str) -> ModuleType:
-    path = Path(__file__).parents[1] / "data_tools" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"data_tools.{name}", path)
-    assert spec and spec.loader
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool("import_pairs")
+tool = load_program("data_tools/import_pairs")
 Options = tool.Options
 
 

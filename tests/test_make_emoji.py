@@ -1,15 +1,14 @@
 """data_tools/make_emoji.py on small checkouts that are made here."""
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from conftest import load_program
 from PIL import Image
 
 from mmbackdoor.recipe import command
@@ -22,16 +21,7 @@ except (ImportError, OSError) as e:
     pytest.skip(f"cairosvg cannot be used: {e}", allow_module_level=True)
 
 
-def load_tool(name: str) -> ModuleType:
-    path = Path(__file__).parents[1] / "data_tools" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"data_tools.{name}", path)
-    assert spec and spec.loader
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool("make_emoji")
+tool = load_program("data_tools/make_emoji")
 REAL = Path(__file__).parents[2] / "shared" / "real"
 
 
