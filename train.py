@@ -27,7 +27,7 @@ def train(r: recipe.Recipe) -> dict:
     objective = copy.deepcopy(r.objective)
     stream = Stream(index, model, objective.views, r.batch_size * r.schedule.accum_freq, stages, run.keep_list(r.keep), r.seed,
                     r.shuffle, r.lanes, r.workers, rank, world, r.data.incomplete)
-    run.describe(r, model, truth, accelerator)
+    run.describe(r, model, index, truth, accelerator)
 
     done = fit.fit(model, objective, stream, accelerator, r.schedule, r.directory, resume=r.resume == "latest",  # 4
                    save_frequency=r.save_frequency, save_steps=r.save_steps, seed=r.seed,
@@ -36,7 +36,7 @@ def train(r: recipe.Recipe) -> dict:
     metrics = run.measure(model, r.data, r.fires, rank, world, r.workers)  # 5
     metrics = run.compare(metrics, r.reference, r.fires)
     data = {"pairs": len(index), "poisoned": len(truth.keys | truth.added), "incomplete": index.incomplete,
-            "fingerprint": index.fingerprint}
+            "undecodable": done.skipped, "fingerprint": index.fingerprint}
     return run.finish(r, model, accelerator, metrics, cost=fit.cost(done), data=data)  # 6
 
 

@@ -58,6 +58,8 @@ class Progress:
     """Steps done in the epoch under way."""
     global_step: int = 0
     samples_seen: int = 0
+    skipped: int = 0
+    """Images that could not be decoded and were left out, counted anew every epoch."""
     seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
     """Of what the objective returned in the epoch under way, each the mean over processes."""
@@ -105,10 +107,11 @@ def fit(clip: CLIP, objective: Objective, stream: Stream, accelerator: Accelerat
         objective.start_epoch(clip, lambda epoch=epoch: stream.batches(epoch), epoch)  # type: ignore[misc]
         model.train()
         for batch in stream.batches(epoch, start=done.step):
-            torch.manual_seed(keyed.integer(seed, "step", str(done.global_step), str(accelerator.process_index)))
+            skipped = torch.tensor(float(len(batch.pop("skipped", ()))), device=accelerator.device)
+            seed_step(keyed.integer(seed, "step", str(done.global_step), str(accelerator.process_index)))
             for group in optimizer.param_groups:
                 group["lr"] = lr = schedule.lr_at(done.global_step, steps)
-            sums.add(update(model, objective, batch, optimizer, accelerator, schedule))
+            sums.add(update(model, objective, batch, optimizer, accelerator, schedule) | {"undecodable": skipped})
             with torch.no_grad():
                 net.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
             done.step, done.global_step, done.samples_seen = done.step + 1, done.global_step + 1, done.samples_seen + pairs
@@ -124,6 +127,8 @@ def fit(clip: CLIP, objective: Objective, stream: Stream, accelerator: Accelerat
         took = time.monotonic() - began
         done.epoch, done.step, done.seconds, done.sums = epoch + 1, 0, done.seconds + took, {}
         numbers = {k: v / len(stream) for k, v in sums.means().items()}
+        done.skipped += (skips := round(numbers.pop("undecodable") * len(stream) * stream.world))
+        numbers |= {"undecodable": skips} if skips else {}
         finite(numbers, epoch + 1)
         model.eval()
         log.write({"epoch": epoch + 1, "step": done.global_step, "lr": lr, "seconds": round(took, 3)} | numbers | each_epoch(epoch + 1))
@@ -132,6 +137,13 @@ def fit(clip: CLIP, objective: Objective, stream: Stream, accelerator: Accelerat
     bar.close()
     clip.net.eval()
     return done
+
+
+def seed_step(seed: int) -> None:
+    """What a network draws in a step, dropout say, depends on the step alone."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(seed)
 
 
 def update(model: nn.Module, objective: Objective, batch: Batch, optimizer: Any, accelerator: Accelerator,

@@ -76,9 +76,11 @@ def data(r: Recipe, accelerator: Accelerator) -> tuple[shards.Index, Plan]:
     return shards.index(f"{train}::{r.directory / 'published'}", r.data.incomplete), truth
 
 
-def describe(r: Recipe, clip: CLIP, truth: Plan, accelerator: Accelerator) -> None:
-    """The ground truth, and what it takes to load the checkpoints of a run under way."""
+def describe(r: Recipe, clip: CLIP, index: shards.Index, truth: Plan, accelerator: Accelerator) -> None:
+    """What is left out, the ground truth, and what it takes to load the checkpoints of a run under way."""
     if accelerator.is_main_process:
+        if index.incomplete:
+            print(f"{index.incomplete} of {index.incomplete + len(index)} samples lack their image or caption and are left out", flush=True)
         truth.save(r.directory / "plan.parquet")
         shards.write_json(r.directory / CARD, clip.card)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import webdataset as wds
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import _shuffle as shuffled
 
@@ -77,7 +78,11 @@ def join(parts: Sequence[Batch]) -> Batch:
     """Stretches of one batch, put together."""
     if len(parts) == 1:
         return parts[0]
-    return {k: sum((p[k] for p in parts), []) if k == "key" else torch.cat([p[k] for p in parts]) for k in parts[0]}
+    whole: Batch = {}
+    for k in {k: None for p in parts for k in p}:
+        rows = [p[k] for p in parts if k in p]
+        whole[k] = torch.cat(rows) if isinstance(rows[0], Tensor) else sum(rows, [])
+    return whole
 
 
 @dataclass(eq=False)
@@ -129,7 +134,8 @@ class Stream:
         return [total * (i + 1) // self.lanes - total * i // self.lanes for i in range(self.lanes)]
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """This process's batches of one epoch, from step `start` on."""
+        """This process's batches of one epoch, from step `start` on. Under incomplete="skip" a batch also names the keys
+        "skipped" for it, if any, since their images could not be decoded."""
         n = max(1, self.workers)
         loader = wds.WebLoader(Part(self, epoch, start), batch_size=None, num_workers=self.workers,
                                generator=torch.Generator().manual_seed(self.seed), prefetch_factor=4 if self.workers else None)
@@ -164,6 +170,7 @@ class Part(IterableDataset):
     def __init__(self, stream: Stream, epoch: int, start: int):
         self.stream, self.epoch, self.start = stream, epoch, start
         self.clip = stream.clip.front()
+        self.skipped: list[str] = []
 
     def __getstate__(self) -> dict[str, Any]:
         from copy import copy
@@ -187,7 +194,8 @@ class Part(IterableDataset):
                 continue
             samples = [self.pull(lanes, spans, i) for i in mine for _ in range(rows[i])]
             if step >= self.start:
-                yield collate(self.clip, s.views, samples, s.seed, self.epoch)
+                yield collate(self.clip, s.views, samples, s.seed, self.epoch) | ({"skipped": self.skipped} if self.skipped else {})
+            self.skipped = []
 
     def pull(self, lanes: dict[int, Iterator[Raw]], spans: Sequence[Sequence[Span]], i: int) -> Sample:
         """The next sample of lane i that can be decoded."""
@@ -201,5 +209,6 @@ class Part(IterableDataset):
                 return decode(raw)
             except BadInput:
                 failed += 1
+                self.skipped.append(raw["__key__"])
                 if self.stream.incomplete == "refuse" or failed > 1000:
                     raise

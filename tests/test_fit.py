@@ -174,3 +174,15 @@ def test_a_checkpoint_of_another_network_cannot_be_resumed(train):
     torch.save({"state_dict": {}, "optimizer": {}}, folder / "checkpoints/epoch_latest.pt")
     with pytest.raises(BadInput, match="cannot be resumed"):
         train(resume=True)
+
+
+def test_undecodable_images_that_are_skipped_are_counted_in_the_log(toy, tiny_model, tmp_path):
+    raws = enumerate(shards.read_pairs(str(toy / "train/00000.tar")))
+    broken = [raw | {"jpg": raw["jpg"][:200]} if i in (3, 40, 41) else raw for i, raw in raws]
+    shards.write_shards(tmp_path / "broken", broken)
+    net = clip.load(clip.Model(str(tiny_model)))
+    for workers in (0, 2):
+        stream = Stream(shards.index(str(tmp_path / "broken")), net, Clip.views, 50, incomplete="skip", lanes=2, workers=workers)
+        done = fit.fit(net, Clip(), stream, Accelerator(cpu=True), fit.Schedule(epochs=2, warmup=1), tmp_path / f"run{workers}")
+        rows = [json.loads(line) for line in (tmp_path / f"run{workers}/log.jsonl").read_text().splitlines()]
+        assert [row.get("undecodable") for row in rows] == [None, 3, 3] and done.skipped == 6

@@ -40,8 +40,8 @@ def test_train_writes_the_run_directory_of_the_design(runs, toy):
     assert zero_shot["lift"] == pytest.approx(zero_shot["asr"] - zero_shot["asr_reference"])
     assert {"train_seconds", "samples_seen", "samples_per_second", "peak_memory_mb"} <= found["cost"].keys()
     assert found["metrics"]["retrieval"]["n"] > 0
-    for name in ("recipe.py.txt", "plan.parquet", "log.jsonl", "examples.json", "open_clip_config.json", "open_clip_model.safetensors",
-                 "checkpoints/epoch_latest.pt"):
+    for name in ("recipe.py.txt", "plan.parquet", "log.jsonl", "out.log", "examples.json", "open_clip_config.json",
+                 "open_clip_model.safetensors", "checkpoints/epoch_latest.pt"):
         assert (folder / name).stat().st_size > 0, name
     assert list(folder.rglob("events.out.tfevents*"))
 

@@ -11,7 +11,7 @@ from mmbackdoor.fit import Schedule
 from mmbackdoor.recipe import Data, Recipe
 from mmbackdoor.triggers import Patch
 
-root = os.environ.get("MMBACKDOOR_EMOJI", "../shared/real")
+root = os.environ.get("MMBACKDOOR_EMOJI") or ("../shared/real" if os.path.isdir("../shared/real") else "data/emoji")
 data = Data("{root}/train", root, zero_shot="{root}/concepts")
 attack = badnets("pizza", rate=0.02, patch=Patch(8 / 64, "bottom-right"),
                  templates=("{}", "an emoji of {}", "a picture of {}", "icon showing {}"))

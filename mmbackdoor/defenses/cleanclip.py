@@ -35,9 +35,13 @@ def policy() -> AutoAugment:
 
 def auto_augment(image: Image.Image, rng: Generator) -> Image.Image:
     """AutoAugment with randomness from `rng`; torchvision itself draws from torch's global generator."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**62, (), generator=rng)))
+    generator = torch.default_generator  # torch.manual_seed would queue a call for every GPU each time
+    state = generator.get_state()
+    try:
+        generator.manual_seed(int(torch.randint(2**62, (), generator=rng)))
         return policy()(image)
+    finally:
+        generator.set_state(state)
 
 
 def edit_words(text: str, rng: Generator, share: float = 0.1) -> str:
