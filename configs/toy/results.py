@@ -10,7 +10,7 @@ from configs.toy.cleanclip import recipe as cleanclip
 from configs.toy.finetune import recipe as finetune
 from mmbackdoor.recipe import Suite
 
-RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 
 
 def at(recipe, lr):
