@@ -272,7 +272,8 @@ def card_of(model: Model) -> tuple[dict[str, Any], str | None]:
         tokenizer = card.get("tokenizer", "" if "hf_tokenizer_name" not in cfg.get("text_cfg", {}) else f"local-dir:{name}")
     elif name.endswith(".json"):
         card = read_json(name)
-        cfg, preprocess, tokenizer = card.get("model_cfg", card), preprocess | card.get("preprocess_cfg", {}), ""
+        given = card.get("preprocess_cfg", {})
+        cfg, preprocess, tokenizer = card.get("model_cfg", card), preprocess | given, ""
     elif name.startswith("hf-hub:"):
         with hub_errors(name):
             net = open_clip.create_model(name, device="cpu")

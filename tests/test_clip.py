@@ -117,7 +117,7 @@ def test_preprocess_follows_the_preprocess_cfg_of_a_directory(change: dict[str, 
     card = json.loads(json.dumps(tiny.card))
     card["preprocess_cfg"] |= change
     (tmp_path / clip.CARD).write_text(json.dumps(card))
-    ours = clip.load(Model(str(tmp_path)))
+    ours = clip.load(Model(str(tmp_path / clip.CARD)))
     theirs = image_transform_v2(PreprocessCfg(**card["preprocess_cfg"]), is_train=False)
     for size in SIZES.values():
         assert torch.equal(ours.preprocess(picture(size=size)), theirs(picture(size=size)))

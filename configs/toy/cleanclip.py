@@ -8,4 +8,4 @@ from configs.toy.badnets import recipe as victim
 from mmbackdoor.defenses.cleanclip import CleanCLIP
 
 recipe = replace(victim, name="toy/cleanclip", init=victim, poison=None, threat=victim.poison.threat, objective=CleanCLIP(),
-                 data=replace(victim.data, train="{root}/clean"), schedule=replace(victim.schedule, epochs=5, lr=2e-3, warmup=20))
+                 data=replace(victim.data, train="{root}/clean"), schedule=replace(victim.schedule, epochs=5, lr=1.6e-2, warmup=20))

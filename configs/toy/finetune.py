@@ -5,4 +5,4 @@ from configs.toy.cleanclip import recipe as cleanclip
 from mmbackdoor.losses import Clip
 
 recipe = replace(cleanclip, name="toy/finetune", objective=Clip(),
-                 schedule=replace(cleanclip.schedule, lr=4e-3))
+                 schedule=replace(cleanclip.schedule, lr=8e-3))
