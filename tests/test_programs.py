@@ -67,7 +67,7 @@ def test_training_on_poisoned_shards_gives_the_weights_of_online_poisoning(runs,
     """Shards stay clean and the stream is poisoned, or the shards are: the same images, so the same model."""
     flags = ["--data.root", toy, "--poison.rate", "0.05"]
     run(sys.executable, "data_tools/poison.py", "configs/toy/badnets.py", *flags, "--out", tmp_path / "poisoned")
-    run(sys.executable, "train.py", "configs/toy/from_disk.py", "--data.root", toy, "--data.train", tmp_path / "poisoned", "--model.name",
+    run(*ACCELERATE, "train.py", "configs/toy/from_disk.py", "--data.root", toy, "--data.train", tmp_path / "poisoned", "--model.name",
         tiny_model, "--out", tmp_path, "--epochs", "2", "--batch-size", "32", "--warmup", "2")
     online, offline = (json.loads((f / "results.json").read_text()) for f in (runs / "toy/badnets", tmp_path / "toy/from_disk"))
     assert offline["metrics"]["zero_shot"]["asr"] == online["metrics"]["zero_shot"]["asr"]
