@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import tyro
-from accelerate import PartialState
 
 from mmbackdoor import recipe, report, run, shards
 from train import train
@@ -33,10 +32,10 @@ def main(config: tyro.conf.Positional[str], seeds: tuple[int, ...] = (0,), recor
             print(f"[{i}/{len(runs)}] {r.directory}: done already", flush=True)
             continue
         print(f"[{i}/{len(runs)}] {r.directory}", flush=True)
-        if overwrite and not run.begun(r) and PartialState().is_main_process:
+        if overwrite and not run.begun(r) and run.processes().is_main_process:
             shutil.rmtree(r.directory, ignore_errors=True)
         train(replace(r, resume="latest"))
-    if not PartialState().is_main_process:
+    if not run.processes().is_main_process:
         return
     found = {r.directory: run.read_results(r.directory) for r in runs}  # 3
     out = Path(runs[0].out) / suite.name / "report.html"

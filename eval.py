@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from accelerate import PartialState
 
 from mmbackdoor import clip, recipe, run, shards
 from mmbackdoor.types import BadInput
@@ -33,7 +32,7 @@ def main(checkpoint: tyro.conf.Positional[str], dataset: str = "", retrieval: st
         workers: Loader processes.
         out: File to write; default: results.json of a run evaluated on its own sets, else evaluation.json beside the checkpoint.
     """
-    state = PartialState()  # 1
+    state = run.processes()  # 1
     folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
     known = run.read_results(folder) if (folder / "results.json").is_file() else None
     fired = recipe.load(threat).fires if threat else run.recorded_threat(known)

@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 
@@ -16,6 +18,17 @@ from .clip import CARD, CLIP
 from .poison import Plan, plan, publish
 from .recipe import MIXED, Data, Recipe, environment, plain, recipe_hash, revive, text
 from .types import BadInput, Threat
+
+
+def processes() -> PartialState:
+    """The launcher's processes. Without a GPU accelerate must be told so, or each process believes it is alone."""
+    meant, found = os.environ.get("WORLD_SIZE", "1"), "none"
+    with suppress(ValueError):  # accelerate's, when the variables of a launcher are incomplete
+        state = PartialState(cpu=not torch.accelerator.is_available())
+        if meant == (found := str(state.num_processes)):
+            return state
+    raise BadInput(f"WORLD_SIZE is {meant}, but the processes that found each other are {found}; start them with accelerate launch or "
+                   "torchrun, or unset WORLD_SIZE")
 
 
 def trained(folder: Path) -> bool:
@@ -28,8 +41,10 @@ def begin(r: Recipe) -> Accelerator:
     """The launcher's processes, and a directory with the recipe in it. Refuses to overwrite a run or to mix two."""
     if MIXED[r.precision] == "fp16" and not torch.cuda.is_available():
         raise BadInput(f"--precision {r.precision}: float16 needs a GPU; use amp_bf16 or fp32 here")
+    processes()
     AcceleratorState._reset_state()  # a suite's recipes may differ in precision
-    accelerator = Accelerator(mixed_precision=MIXED[r.precision], log_with=list(r.report_to) or None,
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=MIXED[r.precision],
+                              log_with=list(r.report_to) or None,
                               project_config=ProjectConfiguration(logging_dir=str(r.directory)))
     if r.expect_world_size and r.expect_world_size != accelerator.num_processes:
         raise BadInput(f"--expect-world-size {r.expect_world_size}: {accelerator.num_processes} processes are running; on a CPU "

@@ -75,6 +75,26 @@ def test_training_on_poisoned_shards_gives_the_weights_of_online_poisoning(runs,
     assert weights[0] == weights[1]
 
 
+def test_two_processes_under_torchrun_are_one_run_with_the_numbers_of_one_process(toy, tiny_model, tmp_path):
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    common = ["configs/toy/badnets.py", "--data.root", toy, "--model.name", tiny_model, "--out", tmp_path, "--epochs", "2", "--warmup", "2"]
+    run(sys.executable, "train.py", *common, "--name", "one", "--batch-size", "32", OMP_NUM_THREADS="1")
+    done = run(*two, "train.py", *common, "--name", "two", "--batch-size", "16", "--expect-world-size", "2", OMP_NUM_THREADS="1")
+    assert done.stdout.count("two (seed 0): accuracy") == 1
+    one, other = ([json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two"))
+    assert [row["loss"] for row in one[1:]] == pytest.approx([row["loss"] for row in other[1:]], rel=1e-5)
+    assert json.loads((tmp_path / "two/results.json").read_text())["environment"]["world_size"] == 2
+    done = run(*two, "eval.py", tmp_path / "two", OMP_NUM_THREADS="1")
+    assert done.stdout.count("two (seed 0): accuracy") == 1
+    done = run(*two, "train.py", *common, "--name", "bad", "--poison.rate", "1", status=1, OMP_NUM_THREADS="1")  # torchrun's own status
+    assert done.stderr.count("error: --poison.rate 1.0 of 300 pairs asks for 300 poisons") == 1
+
+
+def test_a_world_size_that_no_launcher_made_is_told(toy, tiny_model, tmp_path):
+    done = run(sys.executable, "train.py", "configs/toy/badnets.py", "--data.root", toy, "--out", tmp_path, status=2, WORLD_SIZE="2")
+    assert done.stderr.count("error:") == 1 and "WORLD_SIZE" in done.stderr
+
+
 def test_peek_draws_poisons_before_and_after(toy, tmp_path):
     run(sys.executable, "data_tools/peek.py", toy / "train", "--recipe", "configs/toy/badnets.py", "--n", "3", "--out", tmp_path / "s.png")
     with Image.open(tmp_path / "s.png") as sheet:
