@@ -7,7 +7,6 @@
 1 begin the run   2 index the data, plan the poison   3 build model and stream   4 fit   5 evaluate   6 write the results
 """
 import copy
-import sys
 from functools import partial
 
 from mmbackdoor import clip, fit, recipe, run
@@ -42,10 +41,7 @@ def train(r: recipe.Recipe) -> dict:
 
 @recipe.told
 def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        print(__doc__)
-        sys.exit(0 if set(sys.argv) & {"-h", "--help"} else 2)
-    train(recipe.load(sys.argv[1], sys.argv[2:]))
+    train(recipe.from_command_line(__doc__))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ The poisons are those that training with the same recipe would see online, byte 
 members and order; untouched shards are copied as they are. OUT also gets plan.parquet (the ground truth) and
 manifest.json. A rerun goes on with the shards that are missing.
 """
+import json
 import os
 import sys
 from dataclasses import replace
@@ -34,7 +35,7 @@ def main(r: recipe.Recipe, out: Path) -> None:
     if twice := [n for n in names if names.count(n) > 1]:
         raise BadInput(f"{twice[0]}: two of the shards have this name, one would replace the other; poison each folder on its own")
     begun = out / "manifest.json"
-    if out.exists() and any(out.iterdir()) and not (begun.is_file() and recipe.json.loads(begun.read_text()) == manifest):
+    if out.exists() and any(out.iterdir()) and not (begun.is_file() and json.loads(begun.read_text()) == manifest):
         raise BadInput(f"{out}: exists and was not written by this recipe from these shards; remove it or name another place")
     shards.write_json(begun, manifest)
     truth.save(out / "plan.parquet")
@@ -58,10 +59,7 @@ def main(r: recipe.Recipe, out: Path) -> None:
 
 @recipe.told
 def cli() -> None:
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        print(__doc__)
-        sys.exit(0 if set(sys.argv) & {"-h", "--help"} else 2)
-    r = recipe.load(sys.argv[1], sys.argv[2:])
+    r = recipe.from_command_line(__doc__)
     if not any(a == "--out" or a.startswith("--out=") for a in sys.argv):
         raise BadInput("--out is missing: name the folder for the poisoned shards")
     main(r, Path(r.out))

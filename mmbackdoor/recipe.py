@@ -281,6 +281,14 @@ def flags(recipe: Recipe, args: Sequence[str]) -> Recipe:
                     console_outputs=os.environ.get("RANK", "0") == "0")
 
 
+def from_command_line(usage: str) -> Recipe:
+    """The recipe that a program was called with, `program.py CONFIG --flags`; without a config it tells its usage."""
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        print(usage)
+        sys.exit(0 if set(sys.argv) & {"-h", "--help"} else 2)
+    return load(sys.argv[1], sys.argv[2:])
+
+
 def command(main: Callable[..., T], args: Sequence[str] | None = None) -> T:
     """Runs a typed function as a command line. Bad input becomes one line on stderr and exit status 2."""
     return told(lambda: tyro.cli(main, args=args))()

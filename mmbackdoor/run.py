@@ -37,6 +37,12 @@ def trained(folder: Path) -> bool:
     return log.is_file() and log.stat().st_size > 0
 
 
+def begun(r: Recipe) -> bool:
+    """Whether the run's directory was made by just this recipe."""
+    card = r.directory / "recipe.json"
+    return card.is_file() and json.loads(card.read_text())["hash"] == recipe_hash(r)
+
+
 def begin(r: Recipe) -> Accelerator:
     """The launcher's processes, and a directory with the recipe in it. Refuses to overwrite a run or to mix two."""
     if MIXED[r.precision] == "fp16" and not torch.cuda.is_available():
@@ -52,7 +58,7 @@ def begin(r: Recipe) -> Accelerator:
     folder, card = r.directory, r.directory / "recipe.json"
     if trained(folder) and r.resume != "latest":
         raise BadInput(f"{folder}: holds a run already; continue it with --resume latest, remove it, or choose another --name")
-    if trained(folder) and json.loads(card.read_text())["hash"] != recipe_hash(r):
+    if trained(folder) and not begun(r):
         raise BadInput(f"{folder}: was begun with another recipe (see recipe.py.txt there); remove it or choose another --name")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -172,12 +178,6 @@ def read_results(folder: str | Path) -> dict[str, Any]:
     if found.get("schema") != 1:
         raise BadInput(f"{path}: schema {found.get('schema')}, this version reads 1; evaluate the run again")
     return found
-
-
-def begun(r: Recipe) -> bool:
-    """Whether the run's directory was made by just this recipe."""
-    card = r.directory / "recipe.json"
-    return card.is_file() and json.loads(card.read_text())["hash"] == recipe_hash(r)
 
 
 def done(r: Recipe) -> bool:

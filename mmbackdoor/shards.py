@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import tarfile
 import zlib
@@ -32,9 +31,9 @@ from .types import BadInput, Sample
 
 Raw = dict[str, Any]
 Incomplete = Literal["refuse", "skip"]
-IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
-FIELDS = frozenset((*IMAGE_FIELDS, "txt", "json", "cls"))
 FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
+IMAGE_FIELDS = tuple(FORMATS)
+FIELDS = frozenset((*IMAGE_FIELDS, "txt", "json", "cls"))
 
 
 # ---- list
@@ -198,7 +197,7 @@ def decode_image(raw: Raw) -> Image.Image:
     if field is None:
         raise BadInput(f"{where}: the sample has no image; its fields: {sorted(set(raw) - {'__key__', '__url__'})}")
     try:
-        image = Image.open(io.BytesIO(raw[field]), formats=("JPEG", "PNG", "WEBP"))
+        image = Image.open(io.BytesIO(raw[field]), formats=tuple(dict.fromkeys(FORMATS.values())))
         image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadInput(f"{where}: the image cannot be decoded ({error}); leave it out with `skip`") from error
@@ -521,8 +520,3 @@ def write_eval_set(root: str | Path, samples: Iterable[Raw], classnames: Sequenc
         (folder / "classnames.txt").write_text("".join(f"{c}\n" for c in classnames), encoding="utf-8")
         (folder / "zeroshot_classification_templates.txt").write_text("".join(f"{t}\n" for t in templates), encoding="utf-8")
     return n
-
-
-def safe_key(name: str) -> str:
-    """A name as a key: no dot, no folder, nothing but letters, digits, `_` and `-`."""
-    return re.sub(r"[^\w-]+", "_", name, flags=re.ASCII)
