@@ -4,45 +4,53 @@
     python data_tools/import_pairs.py imagenet/val data/imagenet                            # class folders -> test set
     python data_tools/import_pairs.py food101 data/food101 --split validation               # datasets' save_to_disk
     python data_tools/import_pairs.py uoft-cs/cifar10 data/cifar10 --split test             # a name on the hub
+    python data_tools/import_pairs.py coco/val2017 data/coco-test --captions val.csv --retrieval    # all captions of an image together
 
 Pairs become OUT/00000.tar … and sizes.json, as img2dataset lays them out; labelled images become OUT/test/0.tar …,
-classnames.txt and zeroshot_classification_templates.txt, as CLIP_benchmark lays them out. JPEG, PNG and WebP files are
+classnames.txt and zeroshot_classification_templates.txt, as CLIP_benchmark lays them out; with --retrieval, images with
+captions become OUT/test/0.tar … and dataset_type.txt, as it lays out those. JPEG, PNG and WebP files are
 copied byte for byte, other formats become PNG. Only the image, its caption or label and its place of origin are
 taken over: other columns could say which pairs are poisoned. Every image is decoded once, to know that it can be.
 """
 from __future__ import annotations
 
 import csv
-import io
+import hashlib
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from PIL import Image
 from tqdm import tqdm
 
+from mmbackdoor import hub
+from mmbackdoor.files import (
+    PLAIN,
+    Said,
+    class_folders,
+    class_names,
+    files_in_classes,
+    folder_names,
+    one_a_line,
+    open_image,
+    standard,
+    templates,
+)
+from mmbackdoor.hub import CAPTION_KEYS, IMAGE_KEYS, choose
 from mmbackdoor.recipe import command
+from mmbackdoor.sets import SPLITS, write_pair_set
 from mmbackdoor.shards import write_eval_set, write_shards
 from mmbackdoor.types import BadInput
 
-IMAGE_KEYS = ("image", "filepath", "file_name", "filename", "path", "image_path", "img")
-CAPTION_KEYS = ("caption", "title", "text", "captions")
-LABEL_KEYS = ("label", "fine_label", "labels", "cls")
-"""Columns looked for when none is named, the first that is there."""
 TABLES = (".csv", ".tsv", ".jsonl")
-UNTOUCHED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-FORMATS = (*UNTOUCHED, "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-"""What PIL may open. Not all that it can: it gives PostScript, for one, to another program to run."""
-SPLITS = {"train", "val", "valid", "validation", "test", "dev"}
-WNID = re.compile(r"n\d{8}")
-IMAGENET = (1000, "n01440764", "n15075141")
-"""Number, first and last of the class folders of ImageNet's validation set."""
+OPTION = {"split": "--split", "config": "--config", "image": "--image-key", "label": "--label-key", "caption": "--caption-key",
+          "classnames": "--classnames", "templates": "--templates"}
 LAYOUTS = ("(a) images and a table of captions (.csv, .tsv, .jsonl with columns image and caption; --captions FILE), "
            "(b) what Hugging Face datasets saved to disk, or (c) one folder of images per class")
 
@@ -65,11 +73,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Source:
-    items: Iterable[Item]
+    items: Callable[[], Iterable[Item]]
+    """May be called again."""
     total: int | None
     classnames: Sequence[str] | None = None
     """None where the images have captions."""
-    templates: Sequence[str] = ("a photo of a {c}.",)
+    templates: Sequence[str] = PLAIN
 
 
 @dataclass(frozen=True)
@@ -86,15 +95,22 @@ class Options:
     """Column of the class numbers, in a Hugging Face data set. Default: label, fine_label …"""
     split: str | None = None
     """Split of a Hugging Face data set."""
+    config: str | None = None
+    """Configuration of a data set on the Hugging Face hub that has several."""
     classnames: str | None = None
     """File of class names, one a line, in the order of the labels or of the sorted class folders."""
     templates: str | None = None
     """File of prompt templates, one a line, with {c} for the class."""
+    retrieval: bool = False
+    """Write a set to measure retrieval on: each image once, with all its captions."""
 
     def refuse(self, *names: str, kind: str) -> None:
         for name in names:
             if getattr(self, name) is not None:
                 raise BadInput(f"--{name.replace('_', '-')}: says nothing about {kind}; leave it out")
+
+    def said(self) -> Said:
+        return Said(self.split, self.config, self.image_key, self.label_key, self.caption_key, self.classnames, self.templates, OPTION)
 
 
 UNSAID = Options()
@@ -113,22 +129,11 @@ def encoded(item: Item) -> tuple[str, bytes]:
         raise Unusable(f"names an image that cannot be read ({e})") from e
     if not body:
         raise Unusable("has no image")
-    Image.init()
     try:
-        image = Image.open(io.BytesIO(body), formats=[f for f in FORMATS if f in Image.OPEN])
-        image.load()
+        open_image(body)
+        return standard(body)
     except Exception as e:  # damaged files fail inside PIL with errors of every kind
         raise Unusable(f"has an image that cannot be decoded ({item.source!r})") from e
-    name = UNTOUCHED.get(image.format or "")
-    return (name, body) if name else ("png", as_png(image))
-
-
-def as_png(image: Image.Image) -> bytes:
-    out = io.BytesIO()
-    if image.mode not in ("L", "LA", "RGB", "RGBA"):
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    image.save(out, "PNG")
-    return out.getvalue()
 
 
 def complete(item: Item) -> Row:
@@ -144,7 +149,7 @@ def complete(item: Item) -> Row:
 def samples(source: Source, per_shard: int, incomplete: str, left_out: Counter[str]) -> Iterator[Row]:
     """Samples with the keys that img2dataset would give them."""
     n = 0
-    for item in tqdm(source.items, total=source.total, desc="importing", unit="image", disable=None):
+    for item in tqdm(source.items(), total=source.total, desc="importing", unit="image", disable=None):
         try:
             members = complete(item)
         except Unusable as e:
@@ -192,16 +197,6 @@ def json_row(table: Path, n: int, line: str) -> Row:
     return row
 
 
-def choose(given: str | None, columns: Sequence[str], usual: Sequence[str], option: str, where: object) -> str | None:
-    """The column that was named, or the first usual one that is there."""
-    if given is None:
-        by_name = {c.strip().lower(): c for c in reversed(columns)}
-        return next((by_name[u] for u in usual if u in by_name), None)
-    if given not in columns:
-        raise BadInput(f"{where}: has no column {given!r}, which {option} names; its columns: {', '.join(columns)}")
-    return given
-
-
 def columns(table: Path) -> list[str]:
     first = next(rows(table), None)
     return [c for c in first[1] if isinstance(c, str)] if first else []
@@ -223,7 +218,7 @@ def find_table(root: Path, options: Options) -> Path | None:
 
 
 def captioned(root: Path, table: Path, options: Options) -> Source:
-    options.refuse("label_key", "split", "classnames", "templates", kind="images with captions")
+    options.refuse("label_key", "split", "config", "classnames", "templates", kind="images with captions")
     names = columns(table)
     image = choose(options.image_key, names, IMAGE_KEYS, "--image-key", table)
     caption = choose(options.caption_key, names, CAPTION_KEYS, "--caption-key", table)
@@ -233,7 +228,7 @@ def captioned(root: Path, table: Path, options: Options) -> Source:
                            "(the first line holds the columns' names)")
     with open(table, "rb") as file:
         lines = sum(1 for _ in file)
-    return Source(pairs(root, table, str(image), str(caption)), lines - (table.suffix.lower() != ".jsonl"))
+    return Source(partial(pairs, root, table, str(image), str(caption)), lines - (table.suffix.lower() != ".jsonl"))
 
 
 def pairs(root: Path, table: Path, image: str, caption: str) -> Iterator[Item]:
@@ -266,74 +261,16 @@ def inside(root: Path, name: str, where: str) -> Path:
 # ---- (b) Hugging Face datasets
 
 
-def load(src: str, split: str | None) -> Any:
-    """One split of a data set on disk or on the hub."""
-    import datasets
-
-    if Path(src).is_dir():
-        try:
-            data = datasets.load_from_disk(src)
-        except Exception as e:  # pyarrow, json and datasets each have their own errors for a damaged folder
-            raise BadInput(f"{src}: datasets cannot load it ({one_line(e)}); save it to disk again") from e
-    else:
-        try:
-            data = datasets.load_dataset(src, split=split)
-        except Exception as e:  # the hub, the network and the many formats each have their own
-            raise BadInput(f"{src}: no folder here, and no data set that the Hugging Face hub gives "
-                           f"({one_line(e)}); pass a local path, or pre-download it where there is a network: "
-                           f"datasets.load_dataset({src!r}).save_to_disk(DIR)") from e
-    if isinstance(data, datasets.DatasetDict):
-        chosen = split or (next(iter(data)) if len(data) == 1 else None)
-        if chosen not in data:
-            raise BadInput(f"{src}: has the splits {', '.join(data)}; choose one of them with --split")
-        return data[chosen]
-    if split not in (None, str(data.split)):
-        raise BadInput(f"{src}: --split {split}: holds a single split, named {data.split}; leave --split out")
-    return data
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-def image_column(data: Any, src: str, given: str | None) -> str:
-    import datasets
-
-    images = [c for c, feature in data.features.items() if isinstance(feature, datasets.Image)]
-    if given is None and len(images) == 1:
-        return images[0]
-    found = choose(given, data.column_names if given or not images else images, IMAGE_KEYS, "--image-key", src)
-    if not found:
-        raise BadInput(f"{src}: has no one column known to hold the images; name it with --image-key "
-                       f"(columns: {', '.join(data.column_names)})")
-    return found
-
-
-def label_column(data: Any, src: str, given: str | None) -> str | None:
-    import datasets
-
-    def is_label(feature: Any) -> bool:
-        return str(getattr(feature, "dtype", "")).startswith(("int", "uint"))  # so is a ClassLabel's
-
-    if given is not None and given in data.features and not is_label(data.features[given]):
-        raise BadInput(f"{src}: column {given!r} holds no class numbers; --label-key needs a ClassLabel or integers")
-    labels = [c for c, feature in data.features.items() if isinstance(feature, datasets.ClassLabel)]
-    if given is None and len(labels) == 1:
-        return labels[0]
-    integers = [c for c, feature in data.features.items() if is_label(feature)]
-    return choose(given, data.column_names if given else labels or integers, LABEL_KEYS, "--label-key", src)
-
-
 def hugging_face(src: str, options: Options) -> Source:
     """A captioned or a labelled source, by the columns that the data set has."""
     options.refuse("captions", kind="a data set that has its own columns")
     if options.caption_key and options.label_key:
         raise BadInput("--caption-key and --label-key: a data set becomes pairs or a test set; choose one of them")
-    data = load(src, options.split)
-    image = image_column(data, src, options.image_key)
-    caption = None if options.label_key else choose(options.caption_key, [c for c in data.column_names if c != image],
-                                                    CAPTION_KEYS, "--caption-key", src)
-    label = None if options.caption_key else label_column(data, src, options.label_key)
+    said = options.said()
+    data = hub.load(src, said)
+    image = hub.image_column(data, src, said)
+    caption = None if options.label_key else hub.caption_column(data, src, said, image)
+    label = None if options.caption_key or (options.retrieval and caption) else hub.label_column(data, src, said)
     if caption and label:
         raise BadInput(f"{src}: has captions ({caption}) and labels ({label}); choose with --caption-key {caption} "
                        f"or --label-key {label}")
@@ -342,27 +279,18 @@ def hugging_face(src: str, options: Options) -> Source:
                        f"--label-key (columns: {', '.join(data.column_names)})")
     if caption:
         options.refuse("classnames", "templates", kind="images with captions")
-        return Source(records(data, src, image, str(caption), None), len(data))
+        return Source(partial(records, data, src, image, str(caption), None), len(data))
     own = getattr(data.features[label], "names", None) or ()
     if not own and options.classnames is None:
         raise BadInput(f"{src}: the labels in {label!r} have no names; give them with --classnames FILE, one a line")
     names = class_names(own, options.classnames, src)
-    return Source(records(data, src, image, str(label), len(names)), len(data), names, templates(options.templates))
+    return Source(partial(records, data, src, image, str(label), len(names)), len(data), names, templates(options.templates))
 
 
 def records(data: Any, src: str, image: str, column: str, classes: int | None) -> Iterator[Item]:
     """The items of a data set: with captions where `classes` is None, else with labels below `classes`."""
-    import datasets
-
-    try:
-        data = data.select_columns([image, column]).cast_column(image, datasets.Image(decode=False))
-    except Exception as e:  # arrow's errors for a cast that makes no sense
-        raise BadInput(f"{src}: column {image!r} holds no images ({one_line(e)}); choose with --image-key") from e
-    for n, row in enumerate(data):
-        stored, value, where = row[image] or {}, row[column], f"{src}: row {n}"
-        path = stored.get("path")
-        body = stored.get("bytes") or (cached(src, path, where) if path else None)
-        source = os.path.basename(path) if path else f"row {n}"
+    for n, body, source, value in hub.rows(data, src, image, column):
+        where = f"{src}: row {n}"
         if classes is None:
             yield from (Item(where, source, body, {"txt": text}) for text in each(value))
         elif value is not None and value >= classes:
@@ -371,90 +299,57 @@ def records(data: Any, src: str, image: str, column: str, classes: int | None) -
             yield Item(where, source, body, {"cls": None if value is None or value < 0 else int(value)})
 
 
-def cached(src: str, path: str, where: str) -> Path:
-    """The file that a row names instead of holding it: in SRC or in the cache. Not any file that a stranger names."""
-    from datasets import config
-
-    file, roots = os.path.abspath(path), (src, config.HF_CACHE_HOME, config.HF_DATASETS_CACHE)
-    if not any(Path(file).is_relative_to(os.path.abspath(root)) for root in roots):
-        raise BadInput(f"{where}: names the file {path!r} outside of {src}; save the data set with its images in it "
-                       "(save_to_disk does)")
-    return Path(file)
-
-
 # ---- (c) one folder per class
 
 
-def class_folders(root: Path) -> list[str]:
-    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def image_files(folder: Path) -> list[Path]:
-    """The images under a folder, sorted; links are followed, hidden files are not seen."""
-    suffixes = {s for s, f in Image.registered_extensions().items() if f in FORMATS}
-    return sorted(Path(top, name) for top, folders, names in os.walk(folder, followlinks=True)
-                  for name in names
-                  if Path(name).suffix.lower() in suffixes and not name.startswith(".")
-                  and not any(part.startswith(".") for part in Path(top).relative_to(folder).parts))
-
-
 def labelled(root: Path, folders: list[str], options: Options, incomplete: str) -> Source:
-    options.refuse("image_key", "caption_key", "label_key", "split", kind="a folder per class")
+    options.refuse("image_key", "caption_key", "label_key", "split", "config", kind="a folder per class")
     if set(map(str.lower, folders)) <= SPLITS:
         raise BadInput(f"{root}: holds splits ({', '.join(folders)}), not classes; pass one: {root / folders[0]}")
-    files = [(label, path) for label, name in enumerate(folders) for path in image_files(root / name)]
-    used = {label for label, _ in files}
+    files = files_in_classes(root)
+    used = {label for _, label in files}
     empty = [name for label, name in enumerate(folders) if label not in used]
     if not files:
         raise BadInput(f"{root}: holds no images that can be imported; pass a folder with {LAYOUTS}")
     if empty and incomplete == "refuse":
         raise BadInput(f"{root / empty[0]}: this class has no images, nor have {len(empty)} of {len(folders)} in all; "
                        "remove the folder, or keep the bare class name with --incomplete skip")
-    items = (Item(str(path), path.relative_to(root).as_posix(), path, {"cls": label}) for label, path in files)
-    if (len(folders), folders[0], folders[-1]) == IMAGENET:
-        import open_clip
-
-        names = class_names(open_clip.IMAGENET_CLASSNAMES, options.classnames, str(root))
-        prompts = [template("{c}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
-        return Source(items, len(files), names, templates(options.templates, prompts))
-    if options.classnames is None and all(WNID.fullmatch(name) for name in folders):
-        raise BadInput(f"{root}: its {len(folders)} classes are named by WordNet numbers such as {folders[0]}, which "
-                       "say nothing to a model; give their names with --classnames FILE, one a line")
-    names = class_names(folders, options.classnames, str(root))
-    return Source(items, len(files), names, templates(options.templates))
+    names, prompts = folder_names(str(root), options.said())
+    return Source(partial(images_in, root, files), len(files), names, prompts)
 
 
-# ---- names and templates
+def images_in(root: Path, files: Sequence[tuple[str, int]]) -> Iterator[Item]:
+    return (Item(path, Path(path).relative_to(root).as_posix(), Path(path), {"cls": label}) for path, label in files)
 
 
-def lines(path: str) -> list[str]:
-    try:
-        found = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").rstrip().split("\n")]
-    except (OSError, UnicodeDecodeError) as e:
-        raise BadInput(f"{path}: cannot be read as UTF-8 text ({e}); it holds one name or template a line") from e
-    if "" in found:
-        raise BadInput(f"{path}: line {found.index('') + 1} is empty; write one name or template a line")
-    return found
+# ---- retrieval
 
 
-def class_names(own: Sequence[str], given: str | None, where: str) -> list[str]:
-    """The names in the file `given`, else those that the data have, with spaces for underscores."""
-    if given is None:
-        return [" ".join(name.replace("_", " ").split()) for name in own]
-    names = lines(given)
-    if own and len(names) != len(own):
-        raise BadInput(f"{given}: has {len(names)} names for the {len(own)} classes of {where}; write one a line, in "
-                       "the order of the labels or of the sorted class folders")
-    return names
+def gathered(source: Source) -> Source:
+    """Each image once, where it first occurs, with all its captions in their order."""
+    captions: dict[object, list[str]] = {}
+    for item in tqdm(source.items(), total=source.total, desc="gathering captions", unit="caption", disable=None):
+        if text := one_a_line([item.belongs["txt"]]):
+            captions.setdefault(identity(item), []).append(text)
+
+    def items() -> Iterator[Item]:
+        given = set()
+        for item in source.items():
+            which = identity(item)
+            if not item.belongs["txt"].strip():
+                yield item  # to be refused or left out
+            elif which not in given:
+                given.add(which)
+                yield replace(item, belongs={"txt": "\n".join(captions[which])})
+
+    return replace(source, items=items, total=len(captions))
 
 
-def templates(given: str | None, usual: Sequence[str] = Source.templates) -> Sequence[str]:
-    """Templates with {c} for the class."""
-    found = usual if given is None else lines(given)
-    bad = [n for n, line in enumerate(found, 1) if "{c}" not in line]
-    if bad:
-        raise BadInput(f"{given}: line {bad[0]} has no {{c}}; write it where the class name goes")
-    return found
+def identity(item: Item) -> object:
+    """What images are told apart by: their path, or their bytes where a data set holds them."""
+    if isinstance(item.image, Path):
+        return str(item.image)
+    return hashlib.blake2b(item.image, digest_size=16).digest() if item.image else item.where
 
 
 # ---- the program
@@ -494,8 +389,13 @@ def main(src: tyro.conf.Positional[str], out: tyro.conf.Positional[str],
     if not 1 <= per_shard <= 10_000:
         raise BadInput(f"--per-shard {per_shard}: the keys have four digits for the place in a shard; pass 1 to 10000")
     source, left_out = open_source(src, options, incomplete), Counter[str]()
+    if options.retrieval and source.classnames is not None:
+        raise BadInput(f"--retrieval: {src} has labels, not captions; leave it out")
+    source = gathered(source) if options.retrieval else source
     stream = samples(source, per_shard, incomplete, left_out)
-    if source.classnames is None:
+    if options.retrieval:
+        print(f"{out}: {write_pair_set(out, stream, per_shard=per_shard)} images with their captions")
+    elif source.classnames is None:
         sizes = write_shards(out, stream, per_shard)
         print(f"{out}: {sum(sizes.values())} pairs in {len(sizes)} shards")
     else:

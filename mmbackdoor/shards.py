@@ -156,6 +156,11 @@ def members(url: str, read: Callable[[tarfile.TarInfo], bool], mode: str = "r|*"
                     tar.members = []  # type: ignore[attr-defined]
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             raise broken_tar(url, error) from error
+        except Exception as error:  # a connection breaks off with errors of the store's own library
+            if "://" not in url or isinstance(error, BadInput):
+                raise
+            raise BadInput(f"{url}: reading broke off ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
+                           "check the connection and try again") from error
 
 
 def read_raw(url: str) -> Iterator[Raw]:
@@ -513,7 +518,7 @@ def write_eval_set(root: str | Path, samples: Iterable[Raw], classnames: Sequenc
         (folder / split).mkdir()
         for shards, part in enumerate(parts(samples, per_shard), 1):
             n += write_shard(folder / split / f"{shards - 1}.tar",
-                             ({k: str(v) if k == "cls" else v for k, v in raw.items()} for raw in part))
+                             ({k: str(v) if isinstance(v, int) else v for k, v in raw.items()} for raw in part))
         if not n:
             raise BadInput(f"{root}: there is no sample to write")
         (folder / split / "nshards.txt").write_text(f"{shards}\n")

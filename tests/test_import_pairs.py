@@ -10,6 +10,7 @@ from conftest import load_program
 from PIL import Image
 
 from mmbackdoor.recipe import command
+from mmbackdoor.sets import open_pairs
 from mmbackdoor.shards import read, read_raw
 from mmbackdoor.types import BadInput
 
@@ -236,7 +237,7 @@ def test_names_and_templates_can_be_given(classes, tmp_path):
 def test_names_and_templates_that_do_not_fit_are_refused(classes, tmp_path):
     with pytest.raises(BadInput, match="3 names for the 2 classes"):
         run(classes, tmp_path / "out", classnames=put(tmp_path / "names", "a\nb\nc\n"))
-    with pytest.raises(BadInput, match="line 2 has no {c}"):
+    with pytest.raises(BadInput, match="line 2: .my {}. has no {c}"):
         run(classes, tmp_path / "out", templates=put(tmp_path / "prompts", "my {c}\nmy {}\n"))
 
 
@@ -358,6 +359,70 @@ def test_a_hub_name_without_a_network_says_what_to_do(tmp_path, monkeypatch):
         run("nobody/nothing", tmp_path / "out")
 
 
+# ---- retrieval sets
+
+
+def retrieval_set(src: Path, out: Path, incomplete: str = "refuse", per_shard: int = 1000) -> list[tuple[bytes, list[str]]]:
+    """(image, captions) of each image."""
+    tool.main(str(src), str(out), Options(retrieval=True), incomplete, per_shard)
+    return [(raw.get("jpg") or raw["png"], raw["txt"].decode().split("\n")) for raw in open_pairs(out).raws()]
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    """Two images, of which one has three captions that do not stand together."""
+    root = tmp_path / "coco"
+    put(root / "a.jpg", picture())
+    put(root / "b.png", picture("PNG", "blue"))
+    put(root / "t.csv", 'image,caption\na.jpg,one\nb.png,two\n./a.jpg,"three\n lines"\na.jpg,one\n')
+    return root
+
+
+def test_the_captions_of_an_image_come_together_in_their_order(coco, tmp_path):
+    assert retrieval_set(coco, tmp_path / "out") == [(picture(), ["one", "three lines", "one"]), (picture("PNG", "blue"), ["two"])]
+    assert (tmp_path / "out" / "dataset_type.txt").read_text() == "retrieval\n"
+    assert (tmp_path / "out" / "test" / "nshards.txt").read_text().strip() == "1"
+    assert len(list((tmp_path / "out").rglob("*"))) == 4
+
+
+def test_a_retrieval_set_is_cut_into_shards_of_images(coco, tmp_path):
+    assert len(retrieval_set(coco, tmp_path / "out", per_shard=1)) == 2
+    assert sorted(p.name for p in (tmp_path / "out" / "test").iterdir()) == ["0.tar", "1.tar", "nshards.txt"]
+
+
+def test_lists_of_captions_become_a_retrieval_set(tmp_path):
+    put(tmp_path / "src" / "a.jpg", picture())
+    put(tmp_path / "src" / "t.jsonl", '{"image": "a.jpg", "caption": ["x", "y", "x"]}\n{"image": "a.jpg", "caption": "z"}\n')
+    assert retrieval_set(tmp_path / "src", tmp_path / "out") == [(picture(), ["x", "y", "x", "z"])]
+
+
+def test_rows_of_equal_images_are_one_image(saved, tmp_path):
+    root = saved({"image": [picture(), picture(colour="blue"), picture()], "text": ["x", "y", "z"]})
+    assert retrieval_set(root, tmp_path / "out") == [(picture(), ["x", "z"]), (picture(colour="blue"), ["y"])]
+
+
+def test_captions_are_taken_where_there_are_labels_too(saved, tmp_path):
+    from datasets import ClassLabel
+
+    root = saved({"image": [picture()], "text": ["x"], "label": [0]}, label=ClassLabel(names=["a"]))
+    assert retrieval_set(root, tmp_path / "out") == [(picture(), ["x"])]
+
+
+def test_a_retrieval_set_of_incomplete_rows_is_refused_or_leaves_them_out(coco, tmp_path, capsys):
+    put(coco / "t.csv", "image,caption\na.jpg,one\na.jpg, \ngone.jpg,two\nb.png,three\n")
+    with pytest.raises(BadInput, match="t.csv: line 3: has no caption"):
+        retrieval_set(coco, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    got = retrieval_set(coco, tmp_path / "out", incomplete="skip")
+    assert got == [(picture(), ["one"]), (picture("PNG", "blue"), ["three"])]
+    assert capsys.readouterr().out.count("left out 1") == 2
+
+
+def test_labels_are_no_captions(classes, tmp_path):
+    with pytest.raises(BadInput, match="--retrieval: .*has labels"):
+        retrieval_set(classes, tmp_path / "out")
+
+
 # ---- the command line
 
 
@@ -380,3 +445,9 @@ def test_the_options_are_plain_flags(src, tmp_path):
     command(tool.main, [str(src), str(tmp_path / "out"), "--captions", str(table), "--image-key", "pic",
                         "--caption-key", "blurb", "--incomplete", "skip", "--per-shard", "1"])
     assert [raw["txt"] for raw in raws(tmp_path / "out")] == [b"x"]
+
+
+def test_a_retrieval_set_is_a_flag(coco, tmp_path, capsys):
+    command(tool.main, [str(coco), str(tmp_path / "out"), "--retrieval"])
+    assert len(list(open_pairs(tmp_path / "out").raws())) == 2
+    assert "2 images" in capsys.readouterr().out
