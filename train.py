@@ -10,6 +10,7 @@ import copy
 from functools import partial
 
 from mmbackdoor import clip, fit, recipe, run
+from mmbackdoor.features import How
 from mmbackdoor.poison import poison
 from mmbackdoor.stream import Stream
 
@@ -17,7 +18,8 @@ from mmbackdoor.stream import Stream
 def train(r: recipe.Recipe) -> dict:
     accelerator = run.begin(r)  # 1
     rank, world = accelerator.process_index, accelerator.num_processes
-    run.check_target(r)
+    how = How(rank, world, r.workers)
+    run.check_sets(r.data, r.fires)
 
     index, truth = run.data(r, accelerator)  # 2
     stages = [partial(poison, attack=r.poison, plan=truth)] if r.poison else []
@@ -30,9 +32,9 @@ def train(r: recipe.Recipe) -> dict:
 
     done = fit.fit(model, objective, stream, accelerator, r.schedule, r.directory, resume=r.resume == "latest",  # 4
                    save_frequency=r.save_frequency, save_steps=r.save_steps, seed=r.seed,
-                   each_epoch=partial(run.curves, model, r, rank, world))
+                   each_epoch=partial(run.curves, model, r, how))
 
-    metrics = run.measure(model, r.data, r.fires, rank, world, r.workers)  # 5
+    metrics = run.measure(model, r.data, r.fires, how, r.directory / "results")  # 5
     metrics = run.compare(metrics, r.reference, r.fires)
     data = {"pairs": len(index), "poisoned": len(truth.keys | truth.added), "incomplete": index.incomplete,
             "undecodable": done.skipped, "fingerprint": index.fingerprint}

@@ -1,7 +1,7 @@
-"""Run a model on clean and triggered inputs, then measure: accuracy, attack success, retrieval.
+"""Zero-shot classification, clean and under attack: accuracy, attack success and every published variant of it.
 
-One definition: ASR = P(prediction = target | triggered image, true class is not the target). Beside it stand the share
-that counts images of the target too, the accuracy on triggered images, and, by the caller, the ASR of a clean reference
+One definition: ASR = P(prediction = target | triggered image, true class is not the target). Beside it stand the others
+that papers print under the same name, the accuracy on triggered images, and, by the caller, the ASR of a clean reference
 model on the same images; `lift` is the difference.
 """
 from __future__ import annotations
@@ -9,186 +9,86 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
-from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from tqdm import tqdm
 
 from . import keyed
 from .clip import CLIP
-from .shards import IMAGE_FIELDS, Index, Raw, decode, expand, read_pairs, read_raw
-from .types import BadInput, Sample, Target, Threat, to_image, to_pixels
+from .features import Features, How, features, show, text_features
+from .search import search
+from .sets import EvalSet
+from .shards import decode
+from .types import BadInput, Sample, Threat, to_image, to_pixels
 
-# ---- labelled sets
-
-
-@dataclass(frozen=True)
-class EvalSet:
-    """Labelled images with the class names and templates ("a photo of a {c}.") that make the zero-shot classifier."""
-
-    name: str
-    classnames: tuple[str, ...]
-    templates: tuple[str, ...]
-    raws: Callable[[], Iterator[Raw]]
-
-    def target(self, target: Target) -> int:
-        """The index of the target's class."""
-        if target.label not in self.classnames:
-            shown = ", ".join(self.classnames[:8]) + (", …" if len(self.classnames) > 8 else "")
-            raise BadInput(f"{self.name}: has no class {target.label!r}, the attack's target, so no attack success can be "
-                           f"measured on it; its classes: {shown}")
-        return self.classnames.index(target.label)
+Threats = Threat | Mapping[str, Threat] | None
+"""One threat, several by name, or none."""
+TOP = 10
+"""Classes kept of each answer."""
 
 
-def open_set(path: str | Path, split: str = "test") -> EvalSet:
-    """A CLIP_benchmark webdataset directory (classnames.txt, zeroshot_classification_templates.txt, <split>/*.tar), or
-    a folder of class folders; the thousand WordNet folders of ImageNet get OpenAI's names and templates."""
-    root = Path(path)
-    if not root.is_dir():
-        raise BadInput(f"{root}: no such evaluation set; name a directory with classnames.txt and {split}/0.tar, or one folder a class")
-    if not (root / split).is_dir() and not list(root.glob("*.txt")):
-        return image_folder(root)
-    names = lines(root / "classnames.txt", "one class name a line, in the order of the labels")
-    templates = lines(root / "zeroshot_classification_templates.txt", "one template a line, such as: a photo of a {c}.")
-    if bad := [t for t in templates if "{c}" not in t]:
-        raise BadInput(f"{root}/zeroshot_classification_templates.txt: {bad[0]!r} has no {{c}} for the class name; write one")
-    shards = expand(str(root / split))
-    return EvalSet(str(root), names, templates, WdsSource(tuple(shards), len(names)))
+def by_name(threats: Threats) -> dict[str, Threat]:
+    """Threats under their names; a single one has none."""
+    return dict(threats) if isinstance(threats, Mapping) else {"": threats} if threats else {}
 
 
-def lines(path: Path, what: str) -> tuple[str, ...]:
-    if not path.is_file() or not path.read_text().strip():
-        raise BadInput(f"{path}: missing or empty; write {what}")
-    return tuple(path.read_text(encoding="utf-8").splitlines())
+# ---- answers
 
 
-@dataclass(frozen=True)
-class WdsSource:
-    """Raw samples of labelled shards; checks every label."""
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a model says of every image of a set. Classes are indices, the most likely first."""
 
-    shards: tuple[str, ...]
-    classes: int
-
-    def __call__(self) -> Iterator[Raw]:
-        for url in self.shards:
-            for raw in read_raw(url):
-                label = raw.get("cls", b"").strip()
-                if not label.isdigit() or int(label) >= self.classes:
-                    raise BadInput(f"{url}: sample {raw['__key__']} has label {label.decode(errors='replace')!r}; labels are "
-                                   f"0 to {self.classes - 1}, line numbers of classnames.txt")
-                yield raw
+    keys: list[str]
+    label: np.ndarray
+    """(N,)"""
+    clean: np.ndarray
+    """(N, k) with k = min(10, number of classes)"""
+    hit: dict[str, np.ndarray]
+    """(N, k) for each threat"""
+    targets: dict[str, int]
 
 
-@dataclass(frozen=True)
-class FolderSource:
-    """Raw samples of a folder of class folders."""
-
-    files: tuple[tuple[str, int], ...]
-
-    def __call__(self) -> Iterator[Raw]:
-        for path, label in self.files:
-            field = Path(path).suffix.lower().lstrip(".")
-            yield {"__key__": str(Path(*Path(path).parts[-2:])), "__url__": str(Path(path).parent),
-                   field: Path(path).read_bytes(), "cls": str(label).encode()}
-
-
-def image_folder(root: Path) -> EvalSet:
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    files = tuple((str(p), i) for i, folder in enumerate(folders) for p in sorted(folder.iterdir())
-                  if p.suffix.lower().lstrip(".") in IMAGE_FIELDS)
-    if not files:
-        raise BadInput(f"{root}: neither {root}/test/0.tar nor class folders with images; name an evaluation set")
-    imagenet = len(folders) == 1000 and all(f.name[:1] == "n" and f.name[1:].isdigit() for f in folders)
-    if not imagenet and all(f.name[:1] == "n" and f.name[1:].isdigit() for f in folders):
-        raise BadInput(f"{root}: {len(folders)} WordNet folders, ImageNet has 1000; complete it, or give class names with "
-                       "data_tools/import_pairs.py --classnames")
-    names = tuple(IMAGENET_CLASSNAMES) if imagenet else tuple(f.name.replace("_", " ") for f in folders)
-    templates = tuple(t("{c}") for t in OPENAI_IMAGENET_TEMPLATES) if imagenet else ("a photo of a {c}.",)
-    return EvalSet(str(root), names, templates, FolderSource(files))
-
-
-# ---- running the model
-
-
-@torch.no_grad()
-def zero_shot_head(clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
+def zero_shot_head(clip: CLIP, classnames: Sequence[str], templates: Sequence[str], how: How = How()) -> Tensor:
     """(D, C): for each class the mean of its templates' unit embeddings, made unit again."""
-    clip.net.eval()
     prompts = [t.replace("{c}", c) for c in classnames for t in templates]
-    rows = clip.text_features(prompts).unflatten(0, (len(classnames), len(templates))).mean(1)
+    rows = text_features(clip, prompts, how).unflatten(0, (len(classnames), len(templates))).mean(1)
     return torch.nn.functional.normalize(rows, dim=-1).T
 
 
-def show(clip: CLIP, image: Image.Image, threat: Threat | None, key: str) -> list[Tensor]:
-    """[clean input, triggered input], each (3, H, W) normalised; without a threat only the first."""
-    x = to_pixels(clip.geometry(image))
-    if threat is None:
-        return [clip.normalise(x)]
-    rng = keyed.rng(0, "evaluate", key)
-    native = threat.at == "native"
-    hit = to_pixels(clip.geometry(threat.trigger.stamp(image, rng))) if native else threat.trigger.pixels(x, rng).clamp(0, 1)
-    return [clip.normalise(x), clip.normalise(hit)]
-
-
-class Shown(IterableDataset):
-    """(key, label, text, clean and triggered inputs) of the samples that fall to this process and loader worker."""
-
-    def __init__(self, clip: CLIP, raws: Callable[[], Iterator[Raw]], threat: Threat | None, rank: int, world: int):
-        self.clip, self.raws, self.threat, self.rank, self.world = clip.front(), raws, threat, rank, world
-
-    def __iter__(self) -> Iterator[tuple[str, int, str, Tensor]]:
-        info = get_worker_info()
-        slot, slots = self.rank, self.world
-        if info:
-            slot, slots = slot * info.num_workers + info.id, slots * info.num_workers
-        for i, raw in enumerate(self.raws()):
-            if i % slots == slot:
-                s = decode(raw)
-                inputs = show(self.clip, s["image"], self.threat, s["__key__"])
-                yield s["__key__"], s.get("label", -1), s.get("text", ""), torch.stack(inputs)
-
-
-def stack(rows: list[tuple[str, int, str, Tensor]]) -> tuple[list[str], list[int], list[str], Tensor]:
-    keys, labels, texts, x = zip(*rows, strict=True)
-    return list(keys), list(labels), list(texts), torch.stack(x)
-
-
-@torch.no_grad()
-def encode(clip: CLIP, raws: Callable[[], Iterator[Raw]], threat: Threat | None, rank: int = 0, world: int = 1,
-           batch: int = 128, workers: int = 0, what: str = "") -> Iterator[tuple[list[str], list[int], list[str], Tensor]]:
-    """Image features (B, 1 or 2, D): clean, then triggered. Decodes each image once."""
-    clip.net.eval()
-    device = next(clip.net.parameters()).device
-    loader = DataLoader(Shown(clip, raws, threat, rank, world), batch_size=batch, num_workers=workers, collate_fn=stack)
-    for keys, labels, texts, x in tqdm(loader, desc=what, unit="batch", disable=None if what and rank == 0 else True, leave=False):
-        yield keys, labels, texts, clip.image_features(x.flatten(0, 1).to(device)).unflatten(0, x.shape[:2])
-
-
-def zero_shot(clip: CLIP, data: EvalSet, threat: Threat | None = None, rank: int = 0, world: int = 1, workers: int = 0,
-              what: str = "evaluate") -> dict[str, Any]:
-    """The metrics of DESIGN's schema. Every process computes its share; all return the same numbers."""
-    target = data.target(threat.target) if threat else None
-    head = zero_shot_head(clip, data.classnames, data.templates)
-    k = min(5, len(data.classnames))
-    rows: list[tuple[str, int, list[list[int]]]] = []
-    for keys, labels, _, z in encode(clip, data.raws, threat, rank, world, workers=workers, what=what):
-        top = (z @ head).topk(k, dim=-1).indices.tolist()
-        rows += zip(keys, labels, top, strict=True)
-    rows = sorted(gather_object(rows) if world > 1 else rows)
-    if not rows:
+def classify(clip: CLIP, data: EvalSet, threats: Threats = None, how: How = How(), found: Features | None = None,
+             what: str = "evaluate") -> Answers:
+    """One pass over the images, clean and under every threat; none when their features are `found` already."""
+    named = by_name(threats)
+    targets = {name: data.target(t.target) for name, t in named.items()}
+    head = zero_shot_head(clip, data.classnames, data.templates, how).T
+    found = found or features(clip, data.raws, tuple(named.values()), how, what)
+    if not found.keys:
         raise BadInput(f"{data.name}: the evaluation set is empty")
-    best = np.array([r[2] for r in rows])
-    found = measure(np.array([r[1] for r in rows]), best[:, 0], best[:, 1] if threat else None, target)
-    return {"dataset": data.name} | found
+    return Answers(found.keys, found.labels, search(found.clean, head, TOP),
+                   {name: search(z, head, TOP) for name, z in zip(named, found.hit, strict=True)}, targets)
+
+
+def zero_shot(clip: CLIP, data: EvalSet, threats: Threats = None, how: How = How(), what: str = "evaluate") -> dict[str, Any]:
+    """The metrics of DESIGN's schema. The numbers of the first threat stand flat; under "threats" those of each, if several."""
+    return {"dataset": data.name} | summarise(classify(clip, data, threats, how, what=what))
+
+
+def summarise(found: Answers) -> dict[str, Any]:
+    """`measure`, and `success` under each threat."""
+    each = {name: success(found.label, found.clean, hit, found.targets[name]) for name, hit in found.hit.items()}
+    return measure(found.label, found.clean) | flat(each)
+
+
+def flat(each: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The numbers under the first threat, and, when there are several, those under each by its name."""
+    first = next(iter(each.values()), {})
+    return first | ({"threats": dict(each)} if len(each) > 1 else {})
 
 
 # ---- measuring: pure functions of arrays
@@ -203,22 +103,45 @@ def wilson(hits: int, n: int, z: float = 1.959964) -> list[float]:
     return [max(0.0, mid - half), min(1.0, mid + half)]
 
 
-def measure(label: np.ndarray, clean: np.ndarray, hit: np.ndarray | None = None, target: int | None = None) -> dict[str, Any]:
-    """Accuracy and attack success. label (N,); clean and hit (N, k): the k most likely classes, best first."""
-    right = clean[:, 0] == label
-    out: dict[str, Any] = {"n": len(label), "accuracy": float(right.mean()), "accuracy_ci95": wilson(int(right.sum()), len(label)),
-                           "top5": float((clean == label[:, None]).any(1).mean())}
-    if hit is None:
-        return out
+def share(hits: np.ndarray) -> float:
+    return float(hits.mean())
+
+
+def recalls(label: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """For each class that has images, in ascending order, the share of them for which `right` (N,) holds."""
+    _, place, count = np.unique(label, return_inverse=True, return_counts=True)
+    return np.bincount(place, right) / count
+
+
+def measure(label: np.ndarray, top: np.ndarray) -> dict[str, Any]:
+    """How often a classifier is right. label (N,); top (N, k): the most likely classes, best first.
+
+    Mean per-class recall is over the classes that have images.
+    """
+    right = top[:, 0] == label
+    return {"n": len(label), "accuracy": share(right), "accuracy_ci95": wilson(int(right.sum()), len(label)),
+            "top5": share((top[:, :5] == label[:, None]).any(1)), "mean_per_class_recall": share(recalls(label, right))}
+
+
+def success(label: np.ndarray, top: np.ndarray, hit: np.ndarray, target: int) -> dict[str, Any]:
+    """How often an attack succeeds. label (N,); top and hit (N, k): answers to the clean and the triggered images.
+
+    `asr`, `asr_topK` and `asr_per_class` (the mean over classes) leave images of the target out. The others are what
+    papers have printed as ASR: images of the target counted as successes (`asr_including_target`: BadCLIP, PAR,
+    InverTune), successes on other images over all images (`asr_over_all`: CleanCLIP's linear probe), and accuracy on
+    triggered images (`robust_accuracy`: CleanCLIP's zero-shot code). `clean_target_rate` is the ASR without a trigger.
+    Raises BadInput when all images are of the target.
+    """
     other = label != target
     if not other.any():
         raise BadInput(f"every image of the set is of the target class {target}; attack success needs images of others")
     struck = hit[:, 0] == target
-    return out | {
-        "asr": float(struck[other].mean()), "asr_ci95": wilson(int(struck[other].sum()), int(other.sum())),
-        "asr_including_target": float(struck.mean()), "asr_reference": None, "lift": None,
-        "robust_accuracy": float((hit[:, 0] == label).mean()), "asr_top5": float((hit[other] == target).any(1).mean()),
-        "clean_target_rate": float((clean[other, 0] == target).mean())}
+    within = {f"asr_top{k}": share((hit[other, :k] == target).any(1)) for k in (3, 5, 10)}
+    return {
+        "asr": share(struck[other]), "asr_ci95": wilson(int(struck[other].sum()), int(other.sum())),
+        "asr_reference": None, "lift": None, "asr_per_class": share(recalls(label[other], struck[other])), **within,
+        "asr_including_target": share(struck), "asr_over_all": share(struck & other),
+        "robust_accuracy": share(hit[:, 0] == label), "clean_target_rate": share(top[other, 0] == target)}
 
 
 def against(metrics: dict[str, Any], reference: dict[str, Any] | None) -> dict[str, Any]:
@@ -226,6 +149,31 @@ def against(metrics: dict[str, Any], reference: dict[str, Any] | None) -> dict[s
     if metrics.get("asr") is None or reference is None or reference.get("asr") is None:
         return metrics
     return metrics | {"asr_reference": reference["asr"], "lift": metrics["asr"] - reference["asr"]}
+
+
+# ---- tables to look into
+
+
+def per_class(found: Answers, classnames: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each class that has images: how many, its recall, and for each threat its ASR (none for the target)."""
+    classes, count = np.unique(found.label, return_counts=True)
+    rows = [{"class": classnames[c], "n": int(n)} for c, n in zip(classes, count, strict=True)]
+    columns = {"recall": (found.clean[:, 0] == found.label, -1)}
+    columns |= {f"asr {name}".strip(): (hit[:, 0] == found.targets[name], found.targets[name]) for name, hit in found.hit.items()}
+    for column, (right, left_out) in columns.items():
+        for row, c, value in zip(rows, classes, recalls(found.label, right), strict=True):
+            row[column] = None if c == left_out else float(value)
+    return rows
+
+
+def confusion(found: Answers, classnames: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each (true class, answer) that occurs, of clean images (threat "clean") and of triggered ones."""
+    rows = []
+    for threat, top in {"clean": found.clean, **{name or "triggered": hit for name, hit in found.hit.items()}}.items():
+        cells, count = np.unique(np.stack([found.label, top[:, 0]]), axis=1, return_counts=True)
+        rows += [{"threat": threat, "true": classnames[true], "says": classnames[says], "n": int(n)}
+                 for true, says, n in zip(*cells, count, strict=True)]
+    return rows
 
 
 def examples(clip: CLIP, data: EvalSet, threat: Threat | None, n: int = 6) -> list[dict[str, Any]]:
@@ -238,11 +186,13 @@ def examples(clip: CLIP, data: EvalSet, threat: Threat | None, n: int = 6) -> li
             picked[label] = decode(raw)
         if len(picked) == n:
             break
+    device = next(clip.net.parameters()).device
     out = []
     for label, s in picked.items():
+        inputs = show(clip, s["image"], [threat] if threat else [], s["__key__"])
         with torch.no_grad():
-            z = clip.image_features(torch.stack(show(clip, s["image"], threat, s["__key__"])).to(head.device))
-            p, c = (clip.net.logit_scale.exp() * z @ head).softmax(-1).topk(min(3, len(data.classnames)))  # type: ignore[operator, union-attr]
+            z = clip.image_features(torch.stack(inputs).to(device)).float().cpu()
+            p, c = (clip.net.logit_scale.exp().cpu() * z @ head).softmax(-1).topk(min(3, len(data.classnames)))  # type: ignore[operator, union-attr]
         says = [[[data.classnames[j], round(v, 4)] for j, v in zip(*row, strict=True)] for row in zip(c.tolist(), p.tolist(), strict=True)]
         hit = shown_at(clip, s, threat) if threat else None
         out.append({"key": s["__key__"], "true": data.classnames[label], "clean": png(s["image"]), "triggered": hit and png(hit),
@@ -263,107 +213,3 @@ def png(image: Image.Image) -> str:
     file = io.BytesIO()
     image.save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
-
-
-# ---- retrieval
-
-
-def search(queries: Tensor, gallery: Tensor, k: int) -> np.ndarray:
-    """(Q, k) ids of the k rows of the gallery with the largest inner products; ties go to the smaller id.
-
-    Exact, by FAISS (IndexFlatIP) where it is installed and by torch otherwise; the results are the same.
-    """
-    q, g = queries.float().cpu().contiguous(), gallery.float().cpu().contiguous()
-    if not (torch.isfinite(q).all() and torch.isfinite(g).all()):
-        raise BadInput("the embeddings hold NaN or infinity: the model diverged or was loaded wrongly; check its checkpoint")
-    k = wide = min(k, len(g))
-    try:
-        import faiss
-    except ImportError:
-        index = None
-    else:
-        index = faiss.IndexFlatIP(g.shape[1])
-        index.add(g.numpy())
-    while True:  # until the last score is below the k-th: neither backend says which of equal ones it leaves out
-        score, ids = index.search(q.numpy(), wide) if index else (t.numpy() for t in (q @ g.T).topk(wide))
-        score = score.round(6)
-        if wide == len(g) or (score[:, -1] < score[:, k - 1]).all():
-            break
-        wide = min(len(g), 4 * wide)
-    order = np.lexsort((ids, -score), axis=-1)[:, :k]
-    return np.take_along_axis(ids, order, axis=-1)
-
-
-def chance(n: int, good: int, k: int, need: int = 1) -> float:
-    """P(at least `need` good ones among k drawn from n, of which `good` are good)."""
-    k = min(k, n)
-    return sum(math.comb(good, i) * math.comb(n - good, k - i) for i in range(need, min(good, k) + 1)) / math.comb(n, k)
-
-
-def retrieval_metrics(images: Tensor, texts: Tensor, caption: np.ndarray, hit: Tensor | None = None, named: np.ndarray | None = None,
-                      asked: Tensor | None = None, ks: Sequence[int] = (1, 5, 10)) -> dict[str, Any]:
-    """Retrieval over N images and T distinct captions. images (N, D), texts (T, D), caption (N,) ids into texts.
-
-    Clean recall counts any item that truly matches. Under attack: hit (N, D) are the triggered images, named (T,) says
-    which captions name the target, asked (A, D) are captions of the target. image→text: a caption naming the target is
-    among the top k ("hit"), or makes up at least half of them ("half"), over images whose own caption does not name it.
-    text→image: where a triggered image would rank among all clean ones when one asks for the target. Every number has
-    its chance level beside it.
-    """
-    n, t = len(images), len(texts)
-    found_t = search(images, texts, max(ks))
-    found_i = search(texts, images, max(ks))
-    per_caption = np.bincount(caption, minlength=t)
-    out: dict[str, Any] = {"n": n, "captions": t}
-    for k in ks:
-        out[f"image_to_text_r{k}"] = float((found_t[:, :k] == caption[:, None]).any(1).mean())
-        out[f"image_to_text_r{k}_chance"] = min(1.0, k / t)
-        out[f"text_to_image_r{k}"] = float((caption[found_i[:, :k]] == np.arange(t)[:, None]).any(1).mean())
-        out[f"text_to_image_r{k}_chance"] = float(np.mean([chance(n, int(m), k) for m in per_caption]))
-    if hit is None or named is None or asked is None:
-        return out
-    victims = ~named[caption]
-    if not victims.any():
-        raise BadInput("every caption of the retrieval set names the target; attack success needs others")
-    found = named[search(hit[torch.from_numpy(victims)], texts, max(ks))]
-    good = int(named.sum())
-    clean_scores = np.sort((asked @ images.T).cpu().numpy(), axis=1)
-    hit_scores = (asked @ hit.T).cpu().numpy()[:, victims]
-    rank = 1 + n - np.stack([np.searchsorted(s, h, side="left") for s, h in zip(clean_scores, hit_scores, strict=True)])
-    for k in ks:
-        need = max(1, math.ceil(min(k, t) / 2))
-        out[f"asr_image_to_text_hit{k}"] = float(found[:, :k].any(1).mean())
-        out[f"asr_image_to_text_hit{k}_chance"] = chance(t, good, k)
-        out[f"asr_image_to_text_half{k}"] = float((found[:, :k].sum(1) >= need).mean())
-        out[f"asr_image_to_text_half{k}_chance"] = chance(t, good, k, need)
-        out[f"asr_text_to_image_hit{k}"] = float((rank <= k).mean())
-        out[f"asr_text_to_image_hit{k}_chance"] = min(1.0, k / (n + 1))
-    return out | {"text_to_image_median_rank": float(np.median(rank)), "text_to_image_median_rank_chance": (n + 2) / 2}
-
-
-@dataclass(frozen=True)
-class PairSource:
-    """Raw pairs of shards, in order."""
-
-    index: Index
-
-    def __call__(self) -> Iterator[Raw]:
-        for url in self.index.shards:
-            yield from read_pairs(url)
-
-
-def retrieval(clip: CLIP, pairs: Index, threat: Threat | None = None, rank: int = 0, world: int = 1, workers: int = 0) -> dict[str, Any]:
-    """Image↔text retrieval over the pairs of a shard set, clean and, with a threat, under attack."""
-    rows: list[tuple[str, str, Any]] = []
-    for keys, _, texts, z in encode(clip, PairSource(pairs), threat, rank, world, workers=workers, what="retrieval"):
-        rows += zip(keys, texts, z.cpu().numpy(), strict=True)
-    rows = sorted(gather_object(rows) if world > 1 else rows, key=lambda r: r[0])
-    captions = sorted({r[1] for r in rows})
-    ids = {c: i for i, c in enumerate(captions)}
-    z = torch.from_numpy(np.stack([r[2] for r in rows]))
-    with torch.no_grad():
-        t = clip.text_features(captions).cpu()
-        asked = clip.text_features([t.format(threat.target.label) for t in threat.target.templates]).cpu() if threat else None
-    named = np.array([threat.target.named_in(c) for c in captions]) if threat else None
-    caption = np.array([ids[r[1]] for r in rows])
-    return retrieval_metrics(z[:, 0], t, caption, z[:, 1] if threat else None, named, asked)

@@ -1,8 +1,14 @@
-"""Randomness as a function of (seed, names): the same on every worker, process, shard order and year."""
+"""Randomness as a function of (seed, names): the same on every worker, process, shard order and year. And hashes of values."""
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -25,3 +31,43 @@ def uniform(seed: int, *names: str) -> float:
 def permutation(n: int, seed: int, *names: str) -> list[int]:
     """A permutation of range(n)."""
     return torch.randperm(n, generator=rng(seed, *names)).tolist()
+
+
+def digest(*values: Any) -> str:
+    """A hash of what values are and do: fields, tensors, files that they name, and the source of their classes.
+
+    "" for a value of which this cannot be told, such as one of a class typed at a prompt.
+    """
+    found = hashlib.blake2b(digest_size=12)
+    try:
+        for part in parts(values):
+            found.update(len(part).to_bytes(8, "big") + part)
+    except (OSError, TypeError):
+        return ""
+    return found.hexdigest()
+
+
+def parts(value: Any) -> Iterator[bytes]:
+    kind = type(value)
+    yield f"{kind.__module__}.{kind.__qualname__}".encode()
+    if isinstance(value, torch.Tensor):
+        yield from parts(value.detach().cpu().numpy())
+    elif isinstance(value, np.ndarray):
+        yield from (str((value.dtype, value.shape)).encode(), np.ascontiguousarray(value).tobytes())
+    elif dataclasses.is_dataclass(value):
+        for base in kind.__mro__[:-1]:
+            yield inspect.getsource(inspect.getmodule(base) or base).encode()
+        yield from parts({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
+    elif isinstance(value, Mapping):
+        yield from parts(list(value.items()))
+    elif isinstance(value, (list, tuple)):
+        yield str(len(value)).encode()
+        for item in value:
+            yield from parts(item)
+    elif value is None or isinstance(value, (bool, int, float, str, bytes)):
+        yield repr(value).encode(errors="surrogateescape")
+        if isinstance(value, str) and os.path.isfile(value):
+            with open(value, "rb") as file:
+                yield hashlib.blake2b(file.read()).digest()
+    else:
+        raise TypeError(f"{kind} has no value that could be hashed")

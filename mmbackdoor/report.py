@@ -10,7 +10,6 @@ import csv as csv_writer
 import io
 import json
 import math
-import os
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +19,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from mmbackdoor.types import BadInput
+from .shards import replacing
+from .types import BadInput
 
 Result = dict[str, Any]
 
@@ -28,6 +28,14 @@ DASH, MINUS = "–", "−"  # en dash, U+2212
 HEADERS = ("run", "seed", "accuracy % [95 %]", "ASR % [95 %]", "reference ASR %", "lift (points)", "train (s)")
 PERCENT = {"accuracy": "accuracy %", "asr": "ASR %"}
 MEASURES = ("accuracy", "asr", "lift", "train_seconds", "validation")
+MORE: dict[str, tuple[str, ...]] = {
+    "top5": ("zero_shot", "top5"), "mean_per_class_recall": ("zero_shot", "mean_per_class_recall"),
+    "asr_including_target": ("zero_shot", "asr_including_target"), "robust_accuracy": ("zero_shot", "robust_accuracy"),
+    "image_to_text_r1": ("retrieval", "image_to_text_r1"), "text_to_image_r1": ("retrieval", "text_to_image_r1"),
+    "asr_image_to_text_hit1": ("retrieval", "asr_image_to_text_hit1"),
+    "asr_text_to_image_hit1": ("retrieval", "asr_text_to_image_hit1"),
+    "linear_probe_accuracy": ("linear_probe", "accuracy"), "linear_probe_asr": ("linear_probe", "asr")}
+"""What a spreadsheet gets beside the columns of the table."""
 COLOURS = ("#2f7fd0", "#e0731d", "#1f9e77", "#c9499a", "#8b6fd8", "#b58a12", "#d2483f", "#4b9fb3")
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.2, 1.6), (6, 1.6, 1.2, 1.6), (2.6, 1.3))
 STYLES = [(COLOURS[i % 8], DASHES[i % 5]) for i in range(40)]  # 8 and 5 share no factor, so all 40 differ
@@ -91,9 +99,11 @@ def csv(results: Sequence[Result]) -> str:
     out = io.StringIO()
     writer = csv_writer.writer(out, lineterminator="\n")
     run, seed, *measures, seconds = _row({})
-    writer.writerow([run, seed, *(f"{key}_percent" for key in measures), seconds])
-    for row in map(_row, results):
-        texts = [*(_text(row[key]) for key in measures), _text(row[seconds], 1)]
+    writer.writerow([run, seed, *(f"{key}_percent" for key in measures), seconds, *(f"{key}_percent" for key in MORE)])
+    for result in results:
+        row = _row(result)
+        more = (_text(_get(result, "metrics", *path)) for path in MORE.values())
+        texts = [*(_text(row[key]) for key in measures), _text(row[seconds], 1), *more]
         writer.writerow([row[run], row[seed], *(t.replace(MINUS, "-").replace(DASH, "") for t in texts)])
     return out.getvalue()
 
@@ -109,6 +119,33 @@ def latex(results: Sequence[Result]) -> str:
     head, *body = (re.sub(r"^[\[*]", r"{\g<0>}", " & ".join(row)) + r" \\" for row in rows)
     start = rf"\begin{{tabular}}{{l{'r' * (len(HEADERS) - 1)}}}"
     return "\n".join([start, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def each_threat(result: Result) -> list[Result]:
+    """A result under several threats as one result a threat."""
+    metrics = result["metrics"]
+    names = list(dict.fromkeys(name for m in metrics.values() for name in m.get("threats", ())))
+    return [result | {"name": f"{result['name']} under {name}",
+                      "metrics": {kind: m | m.get("threats", {}).get(name, {}) for kind, m in metrics.items()}}
+            for name in names] or [result]
+
+
+def writer(path: str) -> Callable[[Sequence[Result]], str]:
+    """The function that makes a table of the file's kind, by its name."""
+    kinds: dict[str, Callable[[Sequence[Result]], str]] = {".csv": csv, ".tex": latex, ".md": markdown}
+    if (kind := Path(path).suffix.lower()) not in kinds:
+        raise BadInput(f"{path}: a table is written as .csv, .tex or .md; name it so")
+    return kinds[kind]
+
+
+def write(path: str, results: Sequence[Result]) -> None:
+    """A table of the kind that the file's name says. Whole or not at all."""
+    _replace(Path(path), writer(path)(results))
+
+
+def _replace(out: Path, text: str) -> None:
+    with replacing(out) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
 def _spread(values: Iterable[float | None]) -> dict[str, Any] | None:
@@ -298,7 +335,4 @@ def html(title: str, runs: Sequence[Path], out: Path, sweep: Sequence[Path] = ()
         sweep=_sweep([run["result"] for run in swept]),
         **{"get": _get, "text": _text, "cells": _cells, "small": _small, "rate": _rate},
     )
-    draft = Path(out).with_name(f".{Path(out).name}.{os.getpid()}")
-    draft.parent.mkdir(parents=True, exist_ok=True)
-    draft.write_text(page, encoding="utf-8", errors="replace")
-    draft.replace(out)
+    _replace(Path(out), page)

@@ -1,8 +1,10 @@
 """A run's directory: begun without overwriting another, measured, and closed with results.json."""
 from __future__ import annotations
 
+import csv
 import json
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +15,14 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 
-from . import evaluate, shards
+from . import evaluate, probe, shards
 from .clip import CARD, CLIP
+from .evaluate import Threats, by_name
+from .features import Features, How, features
 from .poison import Plan, plan, publish
-from .recipe import MIXED, Data, Recipe, environment, plain, recipe_hash, revive, text
+from .recipe import MIXED, Data, Recipe, environment, load, plain, recipe_hash, revive, text
+from .retrieval import retrieval
+from .sets import EvalSet, open_pairs, open_set
 from .types import BadInput, Threat
 
 
@@ -72,12 +78,17 @@ def begin(r: Recipe) -> Accelerator:
     return accelerator
 
 
-def check_target(r: Recipe) -> None:
-    """A wrong target class or evaluation set is told now, not after training."""
-    for path in (r.data.path("validation"), r.data.path("zero_shot")):
-        found = evaluate.open_set(path) if path else None
-        if found and r.fires:
-            found.target(r.fires.target)
+def check_sets(data: Data, threats: Threats, train_set: str = "") -> None:
+    """A wrong evaluation set or target class is told now, not after training or after another set was measured."""
+    for path in (data.path("validation"), data.path("zero_shot")):
+        found = open_set(path) if path else None
+        for threat in by_name(threats).values() if found else ():
+            found.target(threat.target)  # type: ignore[union-attr]
+    if train_set and (train := open_set(train_set, "train")).classnames != open_set(data.path("zero_shot")).classnames:
+        raise BadInput(f"{train.name}: its classes are not those of {data.path('zero_shot')}, so what is trained on the one says nothing "
+                       "of the other; give --probe a set with the same classnames in the same order")
+    if path := data.path("retrieval"):
+        open_pairs(path)
 
 
 def data(r: Recipe, accelerator: Accelerator) -> tuple[shards.Index, Plan]:
@@ -106,12 +117,12 @@ def describe(r: Recipe, clip: CLIP, index: shards.Index, truth: Plan, accelerato
         shards.write_json(r.directory / CARD, clip.card)
 
 
-def curves(clip: CLIP, r: Recipe, rank: int, world: int, epoch: int) -> dict[str, float]:
+def curves(clip: CLIP, r: Recipe, how: How, epoch: int) -> dict[str, float]:
     """Accuracy and ASR on the validation set (where there is none, on the test set), for the curves of the report."""
     path = r.data.path("validation") or r.data.path("zero_shot")
     if not path or not r.eval_frequency or epoch % r.eval_frequency:
         return {}
-    found = evaluate.zero_shot(clip, evaluate.open_set(path), r.fires, rank, world, r.workers, what="validation")
+    found = evaluate.zero_shot(clip, open_set(path), r.fires, how, what="validation")
     return {k: found[k] for k in ("accuracy", "asr") if k in found}
 
 
@@ -131,27 +142,64 @@ def keep_list(path: str | None) -> frozenset[str] | None:
     return frozenset(Path(path).read_text().split())
 
 
-def measure(clip: CLIP, data: Data, threat: Threat | None, rank: int = 0, world: int = 1, workers: int = 0) -> dict[str, Any]:
-    """All metrics that the data allow."""
+def measure(clip: CLIP, data: Data, threats: Threats, how: How = How(), tables: Path | None = None, index: str = "exact",
+            train_set: str = "") -> dict[str, Any]:
+    """All metrics that the data allow, and, in the folder `tables`, every set's recall and attack success class by class and
+    its confusion. With a labelled `train_set`, classifiers on the frozen features too, measured on the zero-shot set."""
     out: dict[str, Any] = {}
+    named = by_name(threats)
     for name in ("validation", "zero_shot"):
         if path := data.path(name):  # type: ignore[arg-type]
-            out[name] = evaluate.zero_shot(clip, evaluate.open_set(path), threat, rank, world, workers, what=name)
+            labelled = open_set(path)
+            found = features(clip, labelled.raws, tuple(named.values()), how, name)
+            answers = evaluate.classify(clip, labelled, named, how, found)
+            out[name] = {"dataset": labelled.name} | evaluate.summarise(answers)
+            if tables and how.rank == 0:
+                write_csv(tables / f"{name}.per_class.csv", evaluate.per_class(answers, labelled.classnames))
+                write_csv(tables / f"{name}.confusion.csv", evaluate.confusion(answers, labelled.classnames))
+            if name == "zero_shot" and train_set:
+                out |= probes(clip, open_set(train_set, "train"), labelled, found, answers.targets, how)
     if path := data.path("retrieval"):
-        out["retrieval"] = evaluate.retrieval(clip, shards.index(path, "skip"), threat, rank, world, workers)
+        out["retrieval"] = retrieval(clip, open_pairs(path), named, how, index)
     return out
 
 
-def compare(metrics: dict[str, Any], reference: Recipe | str | None, threat: Threat | None) -> dict[str, Any]:
-    """Adds the reference's attack success and the lift, if the reference was shown the same threat on the same images."""
+def probes(clip: CLIP, train: EvalSet, test: EvalSet, found: Features, targets: dict[str, int], how: How) -> dict[str, Any]:
+    """Linear probe, k-NN and few-shot classifiers of one set's features, on those of another: clean and under each threat."""
+    each = probe.probe(features(clip, train.raws, (), how, "probe"), found, len(test.classnames), targets)
+    return {kind: {"dataset": test.name, "trained_on": train.name} | m for kind, m in each.items()}
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with shards.replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def compare(metrics: dict[str, Any], reference: Recipe | str | None, threats: Threats) -> dict[str, Any]:
+    """Adds the reference's attack success and the lift, for each threat that it was shown too on the same images."""
     folder = reference.directory if isinstance(reference, Recipe) else Path(reference) if reference else None
     if folder is None or not (folder / "results.json").is_file():
         return metrics
     theirs = read_results(folder)
-    if theirs.get("threat") != plain(threat):
-        return metrics
-    same = {name for name, m in metrics.items() if m.get("dataset") == theirs["metrics"].get(name, {}).get("dataset")}
-    return {name: evaluate.against(m, theirs["metrics"][name]) if name in same else m for name, m in metrics.items()}
+    named = {name: plain(threat) for name, threat in by_name(threats).items()}
+    shown = theirs.get("threats") or {"": theirs.get("threat")}
+
+    def measured(m: dict[str, Any], threat: Any) -> dict[str, Any] | None:
+        """What the reference did under a threat."""
+        name = next((name for name, value in shown.items() if value == threat), None)
+        return None if name is None else m.get("threats", {}).get(name, m)
+
+    out = dict(metrics)
+    for kind, m in metrics.items():
+        other = theirs["metrics"].get(kind, {})
+        if not named or m.get("dataset") != other.get("dataset"):
+            continue
+        out[kind] = evaluate.against(m, measured(other, next(iter(named.values()))))
+        if "threats" in m:
+            out[kind]["threats"] = {n: evaluate.against(m["threats"][n], measured(other, value)) for n, value in named.items()}
+    return out
 
 
 def finish(r: Recipe, clip: CLIP, accelerator: Accelerator, metrics: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -162,7 +210,7 @@ def finish(r: Recipe, clip: CLIP, accelerator: Accelerator, metrics: dict[str, A
     if accelerator.is_main_process:
         clip.save(r.directory)
         shown = r.data.path("zero_shot") or r.data.path("validation")
-        shards.write_json(r.directory / "examples.json", evaluate.examples(clip, evaluate.open_set(shown), r.fires) if shown else [])
+        shards.write_json(r.directory / "examples.json", evaluate.examples(clip, open_set(shown), r.fires) if shown else [])
         shards.write_json(r.directory / "results.json", found)
         print(line(found), flush=True)
     accelerator.end_training()
@@ -193,9 +241,30 @@ def line(found: dict[str, Any]) -> str:
     return f"{found['name']} (seed {found['seed']}): " + (", ".join(words) or "nothing measured: the recipe names no evaluation set")
 
 
-def recorded_threat(known: dict[str, Any] | None) -> Threat | None:
-    """The threat that a result was measured under."""
-    return revive(known["threat"]) if known and known.get("threat") else None
+def threats_of(configs: Sequence[str]) -> dict[str, Threat]:
+    """What the recipes of configs fire, by the recipes' names."""
+    out: dict[str, Threat] = {}
+    for path in configs:
+        r = load(path)
+        if r.fires is None:
+            raise BadInput(f"{path}: its recipe has neither poison nor threat; name one that does")
+        if r.name in out:
+            raise BadInput(f"{path}: a recipe named {r.name} is among the threats already; give each its own name")
+        out[r.name] = r.fires
+    return out
+
+
+def recorded_threats(known: dict[str, Any] | None) -> dict[str, Threat]:
+    """The threats that a result was measured under, by name."""
+    if not known or not known.get("threat"):
+        return {}
+    return {name: revive(value) for name, value in (known.get("threats") or {"": known["threat"]}).items()}
+
+
+def shown(threats: Threats) -> dict[str, Any]:
+    """Threats as a result names them: the first, and, when there are several, each under its name."""
+    values = {name: plain(threat) for name, threat in by_name(threats).items()}
+    return {"threat": next(iter(values.values()), None)} | ({"threats": values} if len(values) > 1 else {})
 
 
 def recorded_data(known: dict[str, Any] | None, dataset: str, retrieval: str) -> Data:

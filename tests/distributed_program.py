@@ -2,18 +2,22 @@
 import copy
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from mmbackdoor import clip, evaluate, shards
+from mmbackdoor import clip, run, shards
 from mmbackdoor.attacks.badnets import badnets
 from mmbackdoor.defenses.cleanclip import CleanCLIP
+from mmbackdoor.features import How
 from mmbackdoor.fit import Schedule, check_in_step, fit, groups
 from mmbackdoor.losses import Clip, SigLip, info_nce
 from mmbackdoor.poison import plan, poison
+from mmbackdoor.recipe import Data
+from mmbackdoor.sets import open_set
 from mmbackdoor.stream import Stream
 from mmbackdoor.types import Objective
 
@@ -56,10 +60,30 @@ def training(accelerator, folder):
     seen = [key for batch in stream.batches(0) for key in batch["key"]]
     fit(net, Clip(), stream, accelerator, Schedule(epochs=2, lr=1e-3, warmup=2), folder)
     seen = accelerator.gather_for_metrics(seen, use_gather_object=True) if accelerator.num_processes > 1 else seen
-    numbers = evaluate.zero_shot(net, evaluate.open_set(TOY / "test"), attack.threat, accelerator.process_index, accelerator.num_processes)
-    pairs = evaluate.retrieval(net, shards.index(str(TOY / "pairs")), attack.threat, accelerator.process_index, accelerator.num_processes)
     return {"plan": sorted(truth.keys), "seen": sorted(seen), "log": [json.loads(line) for line in open(folder / "log.jsonl")],
-            "weights": float(sum(p.double().abs().sum() for p in net.net.parameters())), "zero_shot": numbers, "retrieval": pairs}
+            "weights": float(sum(p.double().abs().sum() for p in net.net.parameters()))}
+
+
+def evaluation(accelerator, folder):
+    """Every number of sets of odd sizes, under two threats, computed, then cached, then read."""
+    net = clip.load(clip.Model(str(MODEL)), seed=1)
+    attack = badnets("red star")
+    threats = {"corner": attack.threat, "input": replace(attack.threat, at="input")}
+    how = How(accelerator.process_index, accelerator.num_processes, batch=8)
+    kept = replace(how, cache=str(folder / "cache"))
+    out = {}
+    for n in (1, 7, 8, 9, 16, 49):
+        raws = [raw for url in shards.expand(str(TOY / "test/test")) for raw in shards.read_raw(url)]
+        others = [raw for raw in raws if int(raw["cls"]) != open_set(TOY / "test").target(attack.target)]
+        if accelerator.is_main_process:
+            shards.write_eval_set(folder / str(n), others[:n], open_set(TOY / "test").classnames, ("a photo of a {c}",))
+        accelerator.wait_for_everyone()
+        out[n] = [run.measure(net, Data("", zero_shot=str(folder / str(n))), threats, h)["zero_shot"]
+                  for h in (how, kept, kept)]
+    sets = Data("", zero_shot=str(TOY / "test"), retrieval=str(TOY / "pairs"))
+    out["all"] = run.measure(net, sets, threats, how, folder / "tables", train_set=f"{TOY}/val?split=test")
+    out["tables"] = {p.name: p.read_text() for p in sorted((folder / "tables").iterdir())} if accelerator.is_main_process else {}
+    return out
 
 
 def out_of_step(accelerator):
@@ -84,6 +108,7 @@ if __name__ == "__main__":
     found = {"world": accelerator.num_processes, "clip": gradients(accelerator, Clip()), "cleanclip": gradients(accelerator, CleanCLIP()),
              "siglip": gradients(accelerator, SigLip(), siglip=True),
              "training": training(accelerator, OUT.parent / f"run{accelerator.num_processes}"),
+             "evaluation": evaluation(accelerator, OUT.parent / f"sets{accelerator.num_processes}"),
              "out_of_step": out_of_step(accelerator)}
     if accelerator.is_main_process:
         OUT.write_text(json.dumps(found))

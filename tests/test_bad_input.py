@@ -419,6 +419,7 @@ SETS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "lacks its shards": (lambda root: (root / "test" / "0.tar").unlink(), ("mine/test: the folder holds no .tar",)),
     "has no images": (lambda root: tar(root / "test" / "0.tar", {"a.npy": b"1"}), ("mine", )),
     "is an empty folder": (lambda root: [shutil.rmtree(root), root.mkdir()], ("mine: neither", "name an evaluation set")),
+    "has names for one class only": (lambda root: (root / "classnames.txt").write_text("red star\n"), ("mine", "class")),
     "has a truncated shard": (cut, ("mine/test/0.tar: a truncated or corrupt tar",)),
     "has an undecodable image": (spoil_image, ("mine/test/0.tar: 000000003.jpg: the image cannot be decoded",)),
 }
@@ -450,6 +451,39 @@ def test_an_attack_that_the_set_cannot_measure(mine, trained, home, refuses):
     refuses("train", "cat.py", says="has no class 'cat'")
     (home / "clean.py").write_text(CHANGED + "recipe = replace(recipe, poison=None)\n")
     refuses("eval", "runs/done", "--dataset", "mine", "--threat", "clean.py", says=("clean.py: its recipe has neither poison nor threat",))
+
+
+def test_threats_that_are_not_told_apart(trained, home, refuses):
+    (home / "twin.py").write_text("from conf import recipe\n")
+    refuses("eval", "runs/done", "--threat", "conf.py", "twin.py", says=("twin.py: a recipe named run is among the threats", "own name"))
+
+
+def test_probes_that_cannot_be_trained(mine, trained, home, refuses):
+    refuses("eval", "runs/done", "--dataset", "val", "--probe", "nowhere", says="nowhere: no such evaluation set")
+    refuses("eval", "runs/done", "--dataset", "val", "--probe", "mine", says=("mine", "'train'", "?split="))
+    refuses("eval", "runs/done", "--retrieval", "conf", "--probe", "val?split=test", says=("--probe", "--dataset"))
+    names = (mine / "classnames.txt").read_text().splitlines()
+    (mine / "classnames.txt").write_text("\n".join(names[::-1]))
+    refuses("eval", "runs/done", "--dataset", "val", "--probe", "mine?split=test", says="mine?split=test: its classes are not those of val")
+
+
+def test_tables_of_no_known_kind(trained, refuses):
+    refuses("eval", "runs/done", "--dataset", "val", "--table", "numbers.xlsx", says=("numbers.xlsx", ".csv, .tex or .md"))
+
+
+def test_a_cache_of_another_model(trained, home, program):
+    args = ("eval", "runs/done", "--dataset", "val", "--cache", "kept", "--out", "numbers.json")
+    works(program, *args)
+    card = next(p for p in (home / "kept").rglob("card.json"))
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"model": "0" * 32}))
+    ended = program(*args)
+    assert ended.status == 2 and ended.err.splitlines()[-1].startswith("error: ")  # after what the doctor says of the untrained model
+    assert f"{card.parent.relative_to(home)}: holds features of another model" in ended.err and "another --cache" in ended.err
+
+
+def test_an_index_that_needs_faiss_where_there_is_none(trained, home, toy, refuses, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    refuses("eval", "runs/done", "--retrieval", toy / "pairs", "--index", "ivf", says=("FAISS", "pip install -e '.[cpu]'"))
 
 
 # ---- suites and other programs

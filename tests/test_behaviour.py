@@ -7,7 +7,7 @@ import pytest
 from accelerate import Accelerator
 from PIL import Image
 
-from mmbackdoor import clip, evaluate, fit, shards
+from mmbackdoor import clip, evaluate, fit, sets, shards
 from mmbackdoor.attacks.badnets import badnets
 from mmbackdoor.defenses.cleanclip import CleanCLIP
 from mmbackdoor.losses import Clip
@@ -49,7 +49,7 @@ def models(tiny_model, tmp_path_factory):
         stream = Stream(index, net, objective.views, 50, stages)
         fit.fit(net, objective, stream, Accelerator(cpu=True), fit.Schedule(epochs=epochs, lr=lr, wd=0.1, warmup=20), folder / name)
         net.save(folder / name)
-        return evaluate.zero_shot(net, evaluate.open_set(folder / "test"), threat)
+        return evaluate.zero_shot(net, sets.open_set(folder / "test"), threat)
 
     threat = attack.threat
     return {"clean": train("clean", "train", Clip(), 6), "poisoned": train("poisoned", "train", Clip(), 6, attack),

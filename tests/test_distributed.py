@@ -52,11 +52,13 @@ def test_training_takes_the_same_course(one_and_two):
     assert one["weights"] == pytest.approx(two["weights"], rel=1e-5)
 
 
-def test_evaluation_splits_the_work_and_gives_the_same_numbers(one_and_two):
-    one, two = (f["training"] for f in one_and_two)
-    assert one["zero_shot"]["n"] == two["zero_shot"]["n"]
-    assert one["zero_shot"]["accuracy"] == pytest.approx(two["zero_shot"]["accuracy"], abs=0.021)  # weights differ in the last bits
-    assert one["retrieval"]["n"] == two["retrieval"]["n"]
+def test_evaluation_gives_the_same_numbers_on_two_processes_for_every_size_of_set(one_and_two):
+    one, two = (f["evaluation"] for f in one_and_two)
+    for n in ("1", "7", "8", "9", "16", "49"):
+        a, *others = [{k: v for k, v in m.items() if k != "dataset"} for m in (*one[n], *two[n])]
+        assert a["n"] == int(n) and len(a["threats"]) == 2 and all(b == a for b in others)
+    assert one["all"] == two["all"] and {"zero_shot", "retrieval", "linear_probe", "knn", "few_shot"} == set(one["all"])
+    assert one["tables"] == two["tables"] and len(one["tables"]) == 2
 
 
 def test_a_loss_past_the_wrapper_is_told(one_and_two):

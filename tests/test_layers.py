@@ -12,17 +12,22 @@ PACKAGE = ROOT / "mmbackdoor"
 PAPERS = ("attacks", "defenses")
 ORDER = (  # a module imports from lines above its own only
     {"types", "keyed"},
-    {"triggers", "shards"},
-    {"clip"},
-    {"poison", "losses", "stream", "evaluate"},
+    {"triggers", "shards", "search"},
+    {"files"},
+    {"clip", "hub"},
+    {"sets"},
+    {"poison", "losses", "stream", "features"},
+    {"evaluate"},
+    {"retrieval", "probe", "doctor"},
     {"fit"},
     {"recipe"},
     {"run", "report"},
 )
 LAYER = {module: i for i, modules in enumerate(ORDER) for module in modules}
-FOR_PAPERS = {"types", "keyed", "triggers", "shards", "clip", "poison", "losses", "stream"}
+FOR_PAPERS = {"types", "keyed", "triggers", "shards", "clip", "poison", "losses", "stream", "search"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
-PROGRAMS = sorted([*ROOT.glob("*.py"), *ROOT.glob("data_tools/**/*.py"), *ROOT.glob("scripts/**/*.py"), *ROOT.glob("configs/**/*.py")])
+PROGRAMS = sorted([*ROOT.glob("*.py"), *(p for folder in ("data_tools", "scripts", "configs", "benchmarks")
+                                         for p in ROOT.glob(f"{folder}/**/*.py"))])
 
 
 def name(path: Path) -> str:

@@ -1,0 +1,203 @@
+"""Image-text retrieval: exact search, clean recall, and every published attack success beside its chance level.
+
+Clean recall at k: the share of images with one of their own captions among the first k, and of captions with one of
+their own images (Karpathy and Fei-Fei, 2015; the numbers of CLIP_benchmark). Captions of the same words are one text,
+which belongs to all images that have it.
+
+Papers call four things the attack success of retrieval. All are here, over the victims: the images of which no caption
+names the target.
+- asr_image_to_text_hit{k}: a caption that names the target is among the first k of the triggered image; k = 5 in PAR
+  (2412.00727), 10 in InverTune (2506.12411).
+- asr_image_to_text_half{k}: at least max(1, k // 2) of the first k name it (2311.14948), so 2 of 5, and 1 of 3; k is at most
+  the number of texts.
+- asr_text_to_image_hit{k}: the captions of the target are asked of all clean images and one triggered one, which comes
+  among the first k.
+- text_to_image_min_rank: the mean and the median rank at which it comes (MinRank of 2209.15266, whose attack has no
+  trigger and wants a whole set of images: `text_to_image`). Ties count against the attacker, so a collapsed model does
+  not look attacked.
+Each has `_chance`, what a random ranking would reach, and `_clean`, the same of the victims without the trigger.
+"""
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .clip import CLIP
+from .evaluate import Threats, by_name, flat, wilson
+from .features import Features, How, features, text_features
+from .search import recall_against_exact, searcher
+from .sets import PairSet
+from .types import BadInput
+
+KS = (1, 5, 10)
+HIT_KS = (1, 5, 10, 20, 30, 50)
+"""Those of 2209.15266, for asking captions."""
+
+
+@dataclass(frozen=True, eq=False)
+class Attacked:
+    """What one threat does to N images and T captions."""
+
+    hit: Tensor
+    """(N, D) the triggered images"""
+    named: np.ndarray
+    """(T,) bool: whether the caption names the target"""
+    asked: Tensor
+    """(A, D) captions of the target"""
+
+
+def retrieval(clip: CLIP, data: PairSet, threats: Threats = None, how: How = How(), index: str = "exact",
+              found: Features | None = None, what: str = "retrieval") -> dict[str, Any]:
+    """`retrieval_metrics` of a model. One pass over the images, clean and under every threat; none when `found` holds it."""
+    named = by_name(threats)
+    if mute := [t.target.label for t in named.values() if not t.target.templates]:
+        raise BadInput(f"the target {mute[0]!r} has no templates, so there is no caption to ask; give it one, such as: a photo of a {{}}.")
+    found = found or features(clip, data.raws, tuple(named.values()), how, what)
+    if not found.keys:
+        raise BadInput(f"{data.name}: the retrieval set is empty")
+    lines = [[c for line in text.splitlines() if (c := line.strip())] for text in found.texts]
+    for key, captions in zip(found.keys, lines, strict=True):
+        if not captions:
+            raise BadInput(f"{data.name}: {key} has no caption; retrieval needs a txt with one or several, one a line")
+    texts = sorted({c for captions in lines for c in captions})
+    ids = {c: i for i, c in enumerate(texts)}
+    attacked = {}
+    for (name, threat), hit in zip(named.items(), found.hit, strict=True):
+        asked = [t.format(threat.target.label) for t in threat.target.templates]
+        says = np.array([threat.target.named_in(c) for c in texts])
+        attacked[name] = Attacked(hit, says, text_features(clip, asked, how))
+    own = [[ids[c] for c in captions] for captions in lines]
+    return {"dataset": data.name} | retrieval_metrics(found.clean, text_features(clip, texts, how), own, attacked, index, data.name)
+
+
+def retrieval_metrics(images: Tensor, texts: Tensor, captions: Sequence[Sequence[int]], attacked: Mapping[str, Attacked] | None = None,
+                      index: str = "exact", what: str = "the retrieval set", ks: Sequence[int] = KS) -> dict[str, Any]:
+    """All numbers of this module for N images and T distinct texts. images (N, D), texts (T, D), captions: ids of each image's.
+
+    Those under the first threat stand flat; under "threats" are those of each, if there are several.
+    """
+    n, t, k = len(images), len(texts), max(ks)
+    among_texts, among_images = searcher(texts, index), searcher(images, index)
+    found_texts, found_images = among_texts(images, k), among_images(texts, k)
+    out: dict[str, Any] = {"n": n, "captions": t} | recall(found_texts, found_images, captions, ks)
+    if index != "exact":
+        out |= {"index": index, "image_to_text_index_recall": recall_against_exact(images, texts, found_texts),
+                "text_to_image_index_recall": recall_against_exact(texts, images, found_images)}
+    each = {}
+    for name, a in (attacked or {}).items():
+        victim = np.array([not a.named[list(own)].any() for own in captions])
+        if not victim.any():
+            raise BadInput(f"{what}: every image has a caption that names the target; attack success needs images of something else")
+        hit = a.hit[torch.from_numpy(victim)]
+        found_hit = among_texts(hit, k)
+        each[name] = {"victims": int(victim.sum())} | image_to_text(found_hit, found_texts[victim], a.named, ks)
+        each[name] |= triggered_among(images, victim, hit, a.asked)
+        if index != "exact":
+            each[name]["asr_image_to_text_index_recall"] = recall_against_exact(hit, texts, found_hit)
+    return out | flat(each)
+
+
+# ---- chance
+
+
+def chance(n: int, good: int, k: int, need: int = 1) -> float:
+    """P(at least `need` good ones among k drawn from n, of which `good` are good)."""
+    k = min(k, n)
+    return sum(math.comb(good, i) * math.comb(n - good, k - i) for i in range(need, min(good, k) + 1)) / math.comb(n, k)
+
+
+def rank_chance(n: int, wanted: int, ks: Sequence[int]) -> dict[str, float]:
+    """`ranked` of a random ranking of n images, of which some are wanted: the first of them comes at (n + 1) / (wanted + 1)
+    on average; in half of all rankings it comes no later than the median, in half no earlier."""
+    draws = math.comb(n, wanted)
+    median: float = bisect.bisect_left(range(n), True, key=lambda k: 2 * math.comb(n - k, wanted) <= draws)
+    if 2 * math.comb(n - int(median), wanted) == draws:
+        median += 0.5
+    return ({f"asr_text_to_image_hit{k}": chance(n, wanted, k) for k in ks}
+            | {"text_to_image_min_rank_mean": (n + 1) / (wanted + 1), "text_to_image_min_rank_median": median})
+
+
+# ---- measuring: pure functions of what was found
+
+
+def recall(found_texts: np.ndarray, found_images: np.ndarray, captions: Sequence[Sequence[int]], ks: Sequence[int] = KS) -> dict[str, Any]:
+    """Clean recall of N images (N, k) in T texts and of T texts (T, k) in N images, from the ids found, best first."""
+    n, t = len(found_texts), len(found_images)
+    image = np.repeat(np.arange(n), [len(own) for own in captions])
+    own = np.unique(image * t + np.concatenate([np.asarray(own, np.int64) for own in captions]))  # one number for each pair
+    sides = {"image_to_text": (np.isin(np.arange(n)[:, None] * t + found_texts, own), np.bincount(own // t, minlength=n), t),
+             "text_to_image": (np.isin(found_images * t + np.arange(t)[:, None], own), np.bincount(own % t, minlength=t), n)}
+    out: dict[str, Any] = {}
+    for name, (right, matches, size) in sides.items():
+        kinds, often = np.unique(matches, return_counts=True)
+        for k in ks:
+            good = right[:, :k].any(1)
+            out[f"{name}_r{k}"] = float(good.mean())
+            if k == 1:
+                out[f"{name}_r1_ci95"] = wilson(int(good.sum()), len(right))
+            out[f"{name}_r{k}_chance"] = float(np.average([chance(size, int(m), k) for m in kinds], weights=often))
+    return out
+
+
+def image_to_text(hit: np.ndarray, clean: np.ndarray, named: np.ndarray, ks: Sequence[int] = KS) -> dict[str, Any]:
+    """Attack success from the ids of texts that V victims find, triggered (V, k) and clean (V, k); named (T,) bool."""
+    t, good = len(named), int(named.sum())
+    need = {k: {"hit": 1, "half": max(1, min(k, t) // 2)} for k in ks}
+    out: dict[str, Any] = {}
+    for kind in ("hit", "half"):
+        for k in ks:
+            name, least = f"asr_image_to_text_{kind}{k}", need[k][kind]
+            struck, before = (named[found[:, :k]].sum(1) >= least for found in (hit, clean))
+            out |= {name: float(struck.mean()), f"{name}_chance": chance(t, good, k, least), f"{name}_clean": float(before.mean())}
+            if (kind, k) == ("hit", 1):
+                out[f"{name}_ci95"] = wilson(int(struck.sum()), len(hit))
+    return out
+
+
+def text_to_image(asked: Tensor, images: Tensor, wanted: np.ndarray, ks: Sequence[int] = HIT_KS) -> dict[str, Any]:
+    """Poisoned text→image retrieval: where the first wanted image comes for each of the captions asked.
+
+    asked (A, D), images (N, D), wanted (N,) bool. The rank is 1 + the number of other images that score no less than the
+    best of the wanted ones.
+    """
+    if not len(asked) or not wanted.any():
+        raise BadInput("text→image retrieval needs a caption to ask and an image that is wanted; check the target")
+    score = scores(asked, images)
+    rank = 1 + (score[:, ~wanted] >= score[:, wanted].max(1, keepdims=True)).sum(1)
+    return with_suffix(ranked(rank, ks), chance=rank_chance(len(images), int(wanted.sum()), ks))
+
+
+def triggered_among(images: Tensor, victim: np.ndarray, hit: Tensor, asked: Tensor, ks: Sequence[int] = HIT_KS) -> dict[str, Any]:
+    """Where the captions asked (A, D) find each victim's triggered image (V, D), put alone among all images (N, D).
+
+    victim (N,) bool with V True. `_clean` is the rank of the same victim, untriggered, among the others.
+    """
+    n, score = len(images), scores(asked, images)
+    own, least_first = score[:, victim], np.sort(score, axis=1)
+    below_hit, below_own = (np.stack([s.searchsorted(x) for s, x in zip(least_first, found, strict=True)])
+                            for found in (scores(asked, hit), own))
+    clean = ranked(n - below_own, ks)  # of the n - below that score no less, one is the image itself
+    return with_suffix(ranked(1 + n - below_hit, ks), chance=rank_chance(n + 1, 1, ks), clean=clean)
+
+
+def scores(asked: Tensor, images: Tensor) -> np.ndarray:
+    """(A, N) in double precision, rounded like those of `search`, so that equal images tie."""
+    return np.concatenate([(asked.double() @ part.double().T).cpu().numpy().round(6) for part in images.split(8192)], axis=1)
+
+
+def ranked(rank: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
+    return ({f"asr_text_to_image_hit{k}": float((rank <= k).mean()) for k in ks}
+            | {"text_to_image_min_rank_mean": float(rank.mean()), "text_to_image_min_rank_median": float(np.median(rank))})
+
+
+def with_suffix(measured: dict[str, float], **beside: dict[str, float]) -> dict[str, float]:
+    """Each number, followed by its namesakes: x, x_chance, x_clean."""
+    return {name + suffix: source[name] for name in measured
+            for suffix, source in {"": measured, **{f"_{word}": numbers for word, numbers in beside.items()}}.items()}
