@@ -12,17 +12,20 @@ from pathlib import Path
 
 import tyro
 
+from eval import main as measure
 from mmbackdoor import recipe, report, run, shards
 from train import train
 
 
-def main(config: tyro.conf.Positional[str], seeds: tuple[int, ...] = (0,), record: str = "", overwrite: bool = False) -> None:
+def main(config: tyro.conf.Positional[str], seeds: tuple[int, ...] = (0,), record: str = "", overwrite: bool = False,
+         again: bool = False) -> None:
     """Runs a suite.
 
     Args:
         config: Python file that defines a `suite`.
         seeds: Each recipe is run under each of them.
         record: Folder to copy the results to, as NAME-seedN.json.
+        again: Measure finished runs again, without training them.
         overwrite: Remove runs of the same name that were made by another recipe.
     """
     suite = recipe.load_suite(config)  # 1
@@ -30,6 +33,8 @@ def main(config: tyro.conf.Positional[str], seeds: tuple[int, ...] = (0,), recor
     for i, r in enumerate(runs, 1):  # 2
         if run.done(r):
             print(f"[{i}/{len(runs)}] {r.directory}: done already", flush=True)
+            if again:
+                measure(str(r.directory))
             continue
         print(f"[{i}/{len(runs)}] {r.directory}", flush=True)
         if overwrite and not run.begun(r) and run.processes().is_main_process:

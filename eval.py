@@ -20,8 +20,8 @@ from mmbackdoor.types import BadInput
 
 
 def main(checkpoint: tyro.conf.Positional[str], dataset: str = "", retrieval: str = "", probe: str = "", threat: tuple[str, ...] = (),
-         at: Literal["native", "input"] | None = None, reference: str = "", model: str = "", force_quick_gelu: bool = False,
-         mean: tuple[float, float, float] | None = None, std: tuple[float, float, float] | None = None,
+         attack: bool = True, at: Literal["native", "input"] | None = None, reference: str = "", model: str = "",
+         force_quick_gelu: bool = False, mean: tuple[float, float, float] | None = None, std: tuple[float, float, float] | None = None,
          index: Literal["exact", "ivf", "hnsw"] = "exact", cache: str = "", examine: bool = True, workers: int = 0,
          batch_size: int = 128, table: str = "", out: str = "") -> None:
     """Measures a checkpoint.
@@ -34,6 +34,7 @@ def main(checkpoint: tyro.conf.Positional[str], dataset: str = "", retrieval: st
             default: those of the run's recipe.
         probe: Labelled set to train a linear probe, k-NN and few-shot classifiers on; they are measured on --dataset.
         threat: Configs whose recipes name what to fire at the model, one or several; default: the recipe of the run.
+        attack: Fire the threats; without, only clean numbers are measured.
         at: Stage at which the trigger meets the image, instead of the threat's own.
         reference: Run of a clean model, measured already, for `asr_reference` and `lift`.
         model: open_clip name of the network, for a checkpoint that comes without its config.
@@ -52,7 +53,7 @@ def main(checkpoint: tyro.conf.Positional[str], dataset: str = "", retrieval: st
     how = How(state.process_index, state.num_processes, workers, batch_size, cache)
     folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
     known = run.read_results(folder) if (folder / "results.json").is_file() else None
-    threats = run.threats_of(threat) or run.recorded_threats(known)
+    threats = (run.threats_of(threat) or run.recorded_threats(known)) if attack else {}
     threats = {name: replace(t, at=at or t.at) for name, t in threats.items()}
     if not (clip.is_hf(checkpoint) or checkpoint.startswith("hf-hub:")):
         clip.find(checkpoint)
@@ -67,16 +68,16 @@ def main(checkpoint: tyro.conf.Positional[str], dataset: str = "", retrieval: st
         report.writer(table)
     run.check_sets(data, threats, probe)
 
-    spec = clip.Model(model, force_quick_gelu=force_quick_gelu) if model else None  # 2
-    net = clip.load_run(checkpoint, spec)
-    net = replace(net, card=net.card | {"preprocess_cfg": net.cfg | {k: v for k, v in (("mean", mean), ("std", std)) if v}})
+    changes = {"mean": mean, "std": std, "force_quick_gelu": force_quick_gelu}  # 2
+    net = clip.load_run(checkpoint, clip.Model(model) if model else None, **changes)
     net.net.to(state.device)
     labelled = data.path("zero_shot") or data.path("validation")
     findings = doctor.examine(net, sets.open_set(labelled), threats) if examine and labelled and state.is_main_process else []
     for finding in findings:
         print(f"warning: {finding.says}", file=sys.stderr)
 
-    same = known is not None and not (dataset or retrieval or probe or threat or at or model or mean or std)  # 3
+    told = (dataset, retrieval, probe, threat, at, model, mean, std, force_quick_gelu, not attack, index != "exact")  # 3
+    same = known is not None and not any(told)
     target = Path(out) if out else folder / ("results.json" if same else "evaluation.json")
     metrics = run.measure(net, data, threats, how, target.parent / target.stem, index, probe)
     metrics = run.compare(metrics, reference or run.recorded_reference(known), threats)

@@ -284,19 +284,19 @@ def load(model: Model, weights: str | Path | None = None, aug: Augment | None = 
     return replace(clip, aug=aug or Augment())
 
 
-def load_run(path: str | Path, model: Model | None = None) -> CLIP:
-    """A run's directory, a checkpoint inside one, or any checkpoint file together with its `model`."""
+def load_run(path: str | Path, model: Model | None = None, **changes: Any) -> CLIP:
+    """A run's directory, a checkpoint inside one, or any checkpoint file together with its `model`, with fields of it changed."""
     path = str(path).removeprefix("local-dir:")
     found = Path(path)
     folder = next((p for p in (found, *found.parents[:2]) if (p / CARD).is_file()), None)
     if model is None and folder is not None:
-        return load(Model(str(folder)), found)
+        return load(replace(Model(str(folder)), **changes), found)
     if model is None and (is_hf(path) or path.startswith("hf-hub:")):
-        return load(Model(path))
+        return load(replace(Model(path), **changes))
     if model is None:
         find(path)
         raise BadInput(f"{path}: no {CARD} near it says which network this is; add --model.name RN50, say")
-    return load(model, path)
+    return load(replace(model, **changes), path)
 
 
 def find(path: str | Path) -> tuple[str, dict[str, Any] | None]:
