@@ -80,7 +80,7 @@ def show(clip: CLIP, image: Image.Image, threats: Sequence[Threat], key: str) ->
     return out
 
 
-Row = tuple[int, str, int, str, Tensor]
+Row = tuple[int, str, int, str, list[Tensor]]
 
 
 class Shown(IterableDataset):
@@ -98,13 +98,13 @@ class Shown(IterableDataset):
             batch = place // self.how.batch
             if batch % slots == slot and batch not in self.done:
                 s = decode(raw)
-                yield place, s["__key__"], s.get("label", -1), s.get("text", ""), torch.stack(
-                    show(self.clip, s["image"], self.threats, s["__key__"])[self.first :])
+                shown = show(self.clip, s["image"], self.threats, s["__key__"])
+                yield place, s["__key__"], s.get("label", -1), s.get("text", ""), shown[self.first :]
 
 
-def stack(rows: list[Row]) -> tuple[list[int], list[str], list[int], list[str], Tensor]:
-    places, keys, labels, texts, x = zip(*rows, strict=True)
-    return list(places), list(keys), list(labels), list(texts), torch.stack(x, 1)
+def stack(rows: list[Row]) -> tuple[list[int], list[str], list[int], list[str], list[Tensor]]:
+    places, keys, labels, texts, shown = zip(*rows, strict=True)
+    return list(places), list(keys), list(labels), list(texts), [torch.stack(view) for view in zip(*shown, strict=True)]
 
 
 # ---- what is computed, as tables: place, key, label, text, z
