@@ -234,7 +234,7 @@ def same_classes(seen: View, data: EvalSet, low: bool) -> Iterator[Finding]:
     tokens = len({tuple(seen.clip.tokenize(data.templates[0].replace("{c}", c)).tolist()) for c in data.classnames})
     mend = (f"its tokenizer gives only {tokens} different rows of tokens for them: load the tokenizer that the model was trained with"
             if 2 * tokens <= names else "their tokens differ, so the text tower is without its weights or collapsed: check the checkpoint")
-    yield Finding("constant_classes", f"the embeddings of {names} classes take {values} values, of mean cosine 1 - {1 - alike:.1g}; {mend}")
+    yield Finding("constant_classes", f"the embeddings of {names} classes are {values} to four digits; {mend}")
 
 
 def same_features(seen: View, pixels: Tensor, low: bool) -> Iterator[Finding]:

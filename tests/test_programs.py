@@ -63,6 +63,28 @@ def test_eval_takes_a_bare_checkpoint_a_set_and_a_threat(runs, toy, tmp_path, ti
     assert (theirs["accuracy"], theirs["asr"]) == (ours["accuracy"], ours["asr"])
 
 
+def test_eval_measures_several_threats_with_probes_from_a_cache_and_writes_tables(runs, toy, tmp_path):
+    other = tmp_path / "other.py"
+    other.write_text("from dataclasses import replace\nfrom configs.toy.badnets import recipe\nfrom mmbackdoor.triggers import Blend\n"
+                     "from mmbackdoor.types import Target\nrecipe = replace(recipe, name='other', poison=replace(recipe.poison, "
+                     "trigger=Blend(), target=Target('blue ring')))\n")
+    call = ["eval.py", runs / "toy/badnets", "--dataset", toy / "test", "--probe", f"{toy}/val?split=test", "--retrieval", toy / "pairs",
+            "--threat", "configs/toy/badnets.py", other, "--cache", tmp_path / "kept"]
+    run(*ACCELERATE, *call, "--table", tmp_path / "first.csv", "--out", tmp_path / "first.json")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "kept").rglob("*.parquet")}
+    run(sys.executable, *call, "--table", tmp_path / "again.tex", "--out", tmp_path / "again.json", "--batch-size", "128")
+    assert len(before) >= 5 and before == {p: p.stat().st_mtime_ns for p in (tmp_path / "kept").rglob("*.parquet")}
+    first, again = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("first", "again"))
+    assert first["metrics"] == again["metrics"] and list(first["threats"]) == ["toy/badnets", "other"]
+    for kind in ("zero_shot", "retrieval", "linear_probe", "knn"):
+        assert set(first["metrics"][kind]["threats"]) == {"toy/badnets", "other"}, kind
+    rows = (tmp_path / "first.csv").read_text().splitlines()
+    assert [row.split(",")[0].rpartition(" under ")[2] for row in rows[1:]] == ["toy/badnets", "other"]
+    assert (tmp_path / "again.tex").read_text().startswith(r"\begin{tabular}")
+    assert (tmp_path / "first/zero_shot.per_class.csv").read_text().startswith("class,n,recall,asr toy/badnets,asr other\n")
+    assert (tmp_path / "first/zero_shot.confusion.csv").read_text().startswith("threat,true,says,n\nclean,")
+
+
 def test_training_on_poisoned_shards_gives_the_weights_of_online_poisoning(runs, toy, tiny_model, tmp_path):
     """Shards stay clean and the stream is poisoned, or the shards are: the same images, so the same model."""
     flags = ["--data.root", toy, "--poison.rate", "0.05"]
