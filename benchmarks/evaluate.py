@@ -1,6 +1,6 @@
 """What evaluation costs, as ratios within one run: one pass against its parts, search against a matmul, cache against none.
 
-    python benchmarks/evaluate.py [--json]
+    python benchmarks/evaluate.py [--json] [--record results/evaluate.json]
 
 The images are JPEG files of 320 x 256 pixels in shards, the model is open_clip's ViT-S-32 at 224 pixels with random weights.
 Parts and whole alternate, and the medians of the rounds are compared. Run it on a quiet machine.
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from mmbackdoor import clip, shards
 from mmbackdoor.evaluate import zero_shot
 from mmbackdoor.features import How
-from mmbackdoor.recipe import command
+from mmbackdoor.recipe import command, environment
 from mmbackdoor.search import search
 from mmbackdoor.sets import EvalSet, open_set
 from mmbackdoor.triggers import Blend, Patch
@@ -115,13 +115,15 @@ def peak_memory(folder: Path, n: int) -> int:
     return int(done.stdout)
 
 
-def main(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False, images: int = 256, rounds: int = 3, peak_of: str = "") -> None:
+def main(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False, images: int = 256, rounds: int = 3,
+         record: str = "", peak_of: str = "") -> None:
     """Measures what evaluation costs.
 
     Args:
         as_json: Print one flat object instead of lines.
         images: Images of the set.
         rounds: Of which the median is taken.
+        record: File to write the measures and the environment to.
         peak_of: Used by the program itself, to measure the memory of a process that does nothing else.
     """
     net = clip.load(clip.Model("ViT-S-32"))
@@ -139,6 +141,8 @@ def main(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False, images: i
                  "cache_speedup": speedup(net, data, how, rounds),
                  "peak_memory_bytes_per_further_image": (peak_memory(Path(many.name), images) - peak_memory(Path(few.name), images // 4))
                  / (images - images // 4)}
+    if record:
+        shards.write_json(record, found | {"environment": environment(1, "cpu")})
     print(json.dumps(found) if as_json else "\n".join(f"{name}  {value:.4g}" for name, value in found.items()))
 
 

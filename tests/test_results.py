@@ -64,6 +64,14 @@ def test_training_and_cleaning_cost_what_a_grid_of_hundreds_can_afford():
     assert all(f["cost"]["train_seconds"] <= 45 for f in recorded("toy/cleanclip") + recorded("toy/finetune"))
 
 
+def test_evaluation_costs_little_more_than_its_parts():
+    found = json.loads((ROOT / "results/evaluate.json").read_text())
+    assert found["evaluate_over_parts_k1"] <= 1.05 and found["evaluate_over_parts_k4"] <= 1.05
+    assert found["retrieval_over_matmul"] <= 1.2 and found["cache_speedup"] >= 20
+    assert found["peak_memory_bytes_per_further_image"] < 224 * 224 * 3 / 10  # a decoded image is ten times that
+
+
+
 @pytest.mark.parametrize("name", ["cleanclip", "finetune"])
 def test_the_learning_rate_of_each_cleaning_run_is_the_one_of_highest_clean_validation_accuracy(name):
     chosen = recipe.load(f"configs/toy/{name}.py")
