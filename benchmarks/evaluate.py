@@ -115,7 +115,7 @@ def peak_memory(folder: Path, n: int) -> int:
     return int(done.stdout)
 
 
-def main(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False, images: int = 256, rounds: int = 3,
+def main(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False, images: int = 384, rounds: int = 3,
          record: str = "", peak_of: str = "") -> None:
     """Measures what evaluation costs.
 

@@ -71,7 +71,6 @@ def test_evaluation_costs_little_more_than_its_parts():
     assert found["peak_memory_bytes_per_further_image"] < 224 * 224 * 3 / 10  # a decoded image is ten times that
 
 
-
 @pytest.mark.parametrize("name", ["cleanclip", "finetune"])
 def test_the_learning_rate_of_each_cleaning_run_is_the_one_of_highest_clean_validation_accuracy(name):
     chosen = recipe.load(f"configs/toy/{name}.py")
