@@ -71,6 +71,16 @@ def test_evaluation_costs_little_more_than_its_parts():
     assert found["peak_memory_bytes_per_further_image"] < 224 * 224 * 3 / 10  # a decoded image is ten times that
 
 
+def test_the_readme_quotes_the_recorded_costs_and_agreement():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    cost, judged = (json.loads((ROOT / f"results/{name}.json").read_text()) for name in ("evaluate", "agreement"))
+    assert f"under one threat takes {cost['evaluate_over_parts_k1']:.2f} of its parts" in readme
+    assert f"under four threats {cost['evaluate_over_parts_k4']:.2f}; exact search among 100,000 features " \
+           f"{cost['retrieval_over_matmul']:.2f} of torch's" in readme
+    assert f"from the cache is {cost['cache_speedup']:.0f} times as fast" in readme
+    assert f"the largest difference is {judged['largest_difference']:.0e}." in readme
+
+
 @pytest.mark.parametrize("name", ["cleanclip", "finetune"])
 def test_the_learning_rate_of_each_cleaning_run_is_the_one_of_highest_clean_validation_accuracy(name):
     chosen = recipe.load(f"configs/toy/{name}.py")
