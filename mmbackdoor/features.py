@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from . import keyed
-from .clip import CLIP, read_json
+from .clip import CLIP
 from .files import Source
-from .shards import decode, replacing, write_json
+from .shards import decode, read_json, replacing, write_json
 from .types import BadInput, Threat, to_pixels
 
 PART = 32
@@ -112,6 +112,7 @@ def stack(rows: list[Row]) -> tuple[list[int], list[str], list[int], list[str], 
 
 def rows_of(places: Sequence[int], keys: Sequence[str], labels: Sequence[int], texts: Sequence[str], z: Tensor) -> pa.Table:
     flat = pa.array(z.float().cpu().numpy().ravel())
+    keys = [key.encode(errors="surrogateescape").decode(errors="replace") for key in keys]  # a tar may name its members in any encoding
     return pa.table({"place": pa.array(places, pa.int64()), "key": pa.array(keys, pa.string()), "label": pa.array(labels, pa.int64()),
                      "text": pa.array(texts, pa.string()), "z": pa.FixedSizeListArray.from_arrays(flat, z.shape[-1])})
 
@@ -175,7 +176,7 @@ class Entry:
 def code() -> dict[str, str]:
     """What else decides a feature: the libraries that decode, resize and compute, and our own modules on the way."""
     ours = hashlib.blake2b(digest_size=8)
-    for name in ("types", "keyed", "shards", "files", "hub", "clip", "sets", "features"):
+    for name in ("types", "keyed", "shards", "files", "hub", "huggingface", "clip", "sets", "features"):
         ours.update((Path(__file__).parent / f"{name}.py").read_bytes())
     theirs = ("torch", "torchvision", "pillow", "open_clip_torch", "transformers")
     return {"code": ours.hexdigest()} | {name: version(name) for name in theirs}

@@ -476,6 +476,16 @@ def parts(samples: Iterable[Raw], n: int) -> Iterator[list[Raw]]:
         yield part
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    try:
+        value = json.loads(Path(path).read_text())
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+        return value
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read as JSON ({error}); check the path and the file") from error
+
+
 def write_json(path: str | Path, value: Any) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

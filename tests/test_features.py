@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import tar
 from planted import CORNER, LABELS, drawn, labelled, planted
 from torch import Generator, Tensor
 
@@ -265,6 +267,22 @@ def test_a_value_that_cannot_be_told_has_no_digest_and_is_not_cached(tmp_path: P
     data, net, how = labelled(tmp_path / "set", LABELS), clip.load(Model(tiny_model)), cached(tmp_path)
     features.features(net, data.raws, [replace(CORNER, trigger=typed["T"]())], how)
     assert [json.loads(p.read_text())["view"] for p in Path(how.cache).rglob("card.json")] == ["clean"]
+
+
+def test_a_key_in_another_encoding_is_no_obstacle(tmp_path: Path, tiny_model: str) -> None:
+    tar(tmp_path / "0.tar", {b"caf\xe9.png".decode("utf-8", "surrogateescape"): drawn(1), "caf\ufffd.png": drawn(5)})
+
+    class Two:
+        def __call__(self) -> Any:
+            return shards.read_raw(str(tmp_path / "0.tar"))
+
+    found = features.features(clip.load(Model(tiny_model)), Two(), [CORNER], SMALL)  # type: ignore[arg-type]
+    assert found.keys == ["caf\ufffd", "caf\ufffd"] and not torch.equal(found.clean[0], found.clean[1])
+
+
+def test_a_set_says_about_how_many_images_it_has(tmp_path: Path) -> None:
+    assert operator.length_hint(labelled(tmp_path / "one", LABELS[:5]).raws) == 5
+    assert operator.length_hint(labelled(tmp_path / "three", LABELS).raws) == pytest.approx(13, abs=2)
 
 
 def test_captions_ride_along(tmp_path: Path, tiny_model: str) -> None:

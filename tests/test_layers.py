@@ -13,7 +13,7 @@ PAPERS = ("attacks", "defenses")
 ORDER = (  # a module imports from lines above its own only
     {"types", "keyed"},
     {"triggers", "shards", "search"},
-    {"files"},
+    {"files", "huggingface"},
     {"clip", "hub"},
     {"sets"},
     {"poison", "losses", "stream", "features"},
