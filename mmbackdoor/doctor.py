@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import copy
 import heapq
-import math
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial, reduce
 from types import MappingProxyType
 
 import numpy as np
@@ -19,6 +19,7 @@ from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD, INCEPTION_MEAN, INC
 from open_clip.transformer import QuickGELU
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
+from scipy.special import bdtrc
 from torch import Tensor, nn
 
 from . import keyed
@@ -114,6 +115,7 @@ def marks_on(clip: CLIP, raw: Raw, image: Image.Image, threats: Sequence[Threat]
     def again(picture: Image.Image) -> Tensor:
         return to_pixels(clip.geometry(decode_image({"__key__": key, field: encode_image(picture, like=image)}).convert("RGB")))
 
+    # what the codec does to the clean image is no doing of the trigger
     before = again(rgb) if codec and any(t.at == "native" for t in threats) else None
     for threat, hit in zip(threats, hits, strict=True):
         signal = (hit - clean) * std
@@ -122,7 +124,7 @@ def marks_on(clip: CLIP, raw: Raw, image: Image.Image, threats: Sequence[Threat]
             yield Mark(left, left, None)
             continue
         stamped = threat.trigger.stamp(rgb, keyed.rng(0, "evaluate", key))
-        put = float((to_pixels(stamped) - to_pixels(rgb)).abs().max()) if stamped.size == rgb.size else 1.0
+        put = float((to_pixels(stamped) - to_pixels(rgb)).abs().max())
         kept = float(((again(stamped) - before) * signal).sum() / signal.square().sum()) if before is not None and left else None
         yield Mark(put, left, kept)
 
@@ -153,6 +155,8 @@ class View:
     """What a model, as loaded or mended, says of the images."""
 
     clip: CLIP
+    mends: tuple[Mend, ...]
+    """That `clip` has, and the model as loaded has not."""
     head: Tensor
     """(D, C)"""
     z: Tensor
@@ -170,19 +174,22 @@ class View:
 
     @property
     def accuracy(self) -> str:
-        return percent(self.right.mean())
+        how = " and ".join(m.what for m in self.mends) + " together" * (len(self.mends) > 1)
+        return f"{percent(self.right.mean())} {f'with {how}' if how else 'as loaded'}"
 
 
 def examine_model(clip: CLIP, data: EvalSet, pixels: Tensor, label: np.ndarray) -> Iterator[Finding]:
     classes, n = len(data.classnames), len(label)
-    templates = data.templates[: max(1, PROMPTS // classes)]
 
-    def view(other: CLIP, known: View | None = None, first: int = n) -> View:
-        """Of the first images. The texts are encoded again only by another network."""
-        head = known.head if known and known.clip.net is other.net else zero_shot_head(other, data.classnames, templates)
-        return View(other, head, encode(other, pixels[:first]), label[:first])
+    @cache
+    def head(net: nn.Module) -> Tensor:
+        return zero_shot_head(replace(clip, net=net), data.classnames, data.templates[: max(1, PROMPTS // classes)])
 
-    loaded = view(clip)
+    def view(mends: tuple[Mend, ...], first: int = n) -> View:
+        other = reduce(lambda whole, mend: mend.apply(whole), mends, clip)
+        return View(other, mends, head(other.net), encode(other, pixels[:first]), label[:first])
+
+    loaded = view(())
     yield from not_finite(loaded)
     if classes < 2 or not loaded.head.isfinite().all():
         return
@@ -192,14 +199,15 @@ def examine_model(clip: CLIP, data: EvalSet, pixels: Tensor, label: np.ndarray) 
     asis, order = (class_order(label, seen.says, data.classnames) for seen in (loaded, now))
     if asis and asis[0] > now.right.mean():  # a mend may better a wrong order somewhat
         causes, now, order = [], loaded, asis
-    causes = [*same_classes(now, data, low), *same_features(now, pixels, low), *causes, *([order[1]] if order else [])]
+    alike = 1 - (ALIKE if low else EQUAL)
+    causes = [*same_classes(now, data, alike), *same_features(now, pixels, alike), *causes, *([order[1]] if order else [])]
     yield from causes
     if low and loaded.z.isfinite().all():
         hint = "see above" if causes else (
             "nothing that was tried helps: is the model without its weights (a name without --pretrained), its tokenizer another's, or "
             f"are these classes unknown to it: {', '.join(map(repr, data.classnames[:3]))}, …?")
         interval = " to ".join(map(percent, wilson(hits, n)))
-        yield Finding("near_chance", f"accuracy {loaded.accuracy} on {n} images (95 %: {interval}) is no better than chance, "
+        yield Finding("near_chance", f"accuracy {percent(loaded.right.mean())} on {n} images (95 %: {interval}) is no better than chance, "
                                      f"{100 / classes:.2g} %; {hint}")
 
 
@@ -227,21 +235,21 @@ def alikeness(rows: Tensor) -> float:
     return float((rows.double().sum(0).square().sum() - n) / (n * (n - 1)))
 
 
-def same_classes(seen: View, data: EvalSet, low: bool) -> Iterator[Finding]:
+def same_classes(seen: View, data: EvalSet, limit: float) -> Iterator[Finding]:
     names, values, alike = len(set(data.classnames)), len(seen.head.T.mul(1e4).round().unique(dim=0)), alikeness(seen.head.T)
-    if alike < 1 - (ALIKE if low else EQUAL) and 2 * values > names:
+    if alike < limit and 2 * values > names:
         return
+    says = f"are {values} to four digits" if values < names else f"have a mean cosine of 1 - {1 - alike:.1g}"
     tokens = len({tuple(seen.clip.tokenize(data.templates[0].replace("{c}", c)).tolist()) for c in data.classnames})
     mend = (f"its tokenizer gives only {tokens} different rows of tokens for them: load the tokenizer that the model was trained with"
             if 2 * tokens <= names else "their tokens differ, so the text tower is without its weights or collapsed: check the checkpoint")
-    yield Finding("constant_classes", f"the embeddings of {names} classes are {values} to four digits; {mend}")
+    yield Finding("constant_classes", f"the embeddings of {names} classes {says}; {mend}")
 
 
-def same_features(seen: View, pixels: Tensor, low: bool) -> Iterator[Finding]:
+def same_features(seen: View, pixels: Tensor, limit: float) -> Iterator[Finding]:
     if len(set(seen.label)) < 2 or not seen.z.isfinite().all() or (pixels == pixels[:1]).all():
         return  # there is nothing to tell apart
-    alike = alikeness(seen.z)
-    if alike >= 1 - (ALIKE if low else EQUAL):
+    if (alike := alikeness(seen.z)) >= limit:
         yield Finding("constant_features", f"{len(pixels)} images have the same features, of mean cosine 1 - {1 - alike:.1g}; the image "
                                            "tower is without its weights, or collapsed in training (a loss at the log of the batch)")
 
@@ -280,7 +288,8 @@ def other_activation(clip: CLIP) -> list[Mend]:
     how = (f'set "hidden_act": "{"gelu" if quick else "quick_gelu"}" in both towers of its config.json' if theirs
            else 'a model name without -quickgelu, "quick_gelu": false in its config' if quick
            else "--force-quick-gelu (Model.force_quick_gelu)")
-    return [Mend("quick_gelu", f"{name} as activation", how, swapped)]
+    other = cache(lambda: swapped(clip).net)  # one network for all, whose texts are encoded once
+    return [Mend("quick_gelu", f"{name} as activation", how, lambda whole: replace(whole, net=other()))]
 
 
 def activations(net: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -306,36 +315,27 @@ def mended(loaded: View, view: Callable[..., View], low: bool) -> tuple[list[Fin
     A second mend must help on top of the first, or what the first one cures would be named twice. Where none helps alone
     and accuracy is at chance, the two kinds are tried together.
     """
-    classes = loaded.head.shape[1]
-
-    def best(before: View, options: Sequence[Mend], start: View | None = None) -> tuple[Mend, View] | None:
-        """The option, on top of `start`, that betters `before` most."""
-        if not options or 0.5 ** int((~before.right).sum()) >= ALPHA / len(options):
-            return None  # too few errors to mend for a gain to be more than luck
-        good = []
-        for mend in options:
-            seen = view(mend.apply((start or before).clip), start or before, GLANCE)
-            if seen.right.sum() < before.right[:GLANCE].sum():
-                continue
-            seen = view(seen.clip, seen)
-            if helps(loaded.label, before.says, seen.says, classes, len(options)):
-                good.append((mend, seen))
-        return max(good, key=lambda t: t[1].right.mean(), default=None)
-
     kinds = other_statistics(loaded.clip), other_activation(loaded.clip)
-    if first := best(loaded, [*kinds[0], *kinds[1]]):
-        a, once = first
-        found = [Finding(a.fault, f"accuracy {loaded.accuracy} as loaded, {once.accuracy} with {a.what}: {a.how}")]
-        if not (second := best(once, kinds[0] if a in kinds[1] else kinds[1])):
-            return found, once
-        b, twice = second
-        return [*found, Finding(b.fault, f"accuracy {once.accuracy} with {a.what}, {twice.accuracy} with {b.what} too: {b.how}")], twice
-    for a in kinds[1] if low else ():
-        if both := best(loaded, kinds[0], view(a.apply(loaded.clip), loaded)):
-            b, twice = both
-            says = f"accuracy {loaded.accuracy} as loaded, {twice.accuracy} with {b.what} and {a.what} together"
-            return [Finding(m.fault, f"{says}: {m.how}") for m in (b, a)], twice
-    return [], loaded
+    found, now = list[Finding](), loaded
+    alone: list[tuple[Mend, ...]] = [(mend,) for kind in kinds for mend in kind]
+    together: list[tuple[Mend, ...]] = list(itertools.product(*kinds)) if low else []
+    for options in alone, together:
+        # a fault is named once: what is mended already is no option
+        while better := best(now, [o for o in options if not {m.fault for m in o} & {m.fault for m in now.mends}], view):
+            new = better.mends[len(now.mends) :]
+            found += [Finding(m.fault, f"accuracy {now.accuracy}, {better.accuracy}: {m.how}") for m in new]
+            now = better
+    return found, now
+
+
+def best(now: View, options: Sequence[tuple[Mend, ...]], view: Callable[..., View]) -> View | None:
+    """The model with the mends, of several options, that better it most."""
+    if len(options) * 0.5 ** int((~now.right).sum()) >= ALPHA:
+        return None  # too few errors to mend for a gain to be more than luck
+    tried = (now.mends + more for more in options)
+    seen = [view(mends) for mends in tried if view(mends, GLANCE).right.sum() >= now.right[:GLANCE].sum()]
+    good = [v for v in seen if helps(now.label, now.says, v.says, now.head.shape[1], len(options))]
+    return max(good, key=lambda v: v.right.mean(), default=None)
 
 
 # ---- the class names
@@ -351,8 +351,6 @@ def class_order(label: np.ndarray, says: np.ndarray, names: Sequence[str]) -> tu
     of the classes.
     """
     c, right = len(names), says == label
-    if right.mean() >= 0.5:
-        return None
     given = percent(right.mean())
     by_name, as_text = sorted(range(c), key=lambda k: names[k]), sorted(range(c), key=str)
     label_of = {"labels that count from 1: subtract 1": np.arange(c) + 1, "labels that are one too small: add 1": np.arange(c) - 1,
@@ -385,10 +383,8 @@ def beats_chance_orders(label: np.ndarray, says: np.ndarray, hits: int, classes:
 def matched(label: np.ndarray, says: np.ndarray, on: np.ndarray) -> np.ndarray:
     """(n,) answers as labels: matched one to one to agree most on the images `on`; -1 where an answer has no match."""
     on = on & (says >= 0)
-    answers, a = np.unique(says[on], return_inverse=True)
-    labels, b = np.unique(label[on], return_inverse=True)
-    count = np.zeros((len(answers), len(labels)), int)
-    np.add.at(count, (a, b), 1)
+    answers, labels = np.unique(says[on]), np.unique(label[on])
+    count = (says[on] == answers[:, None]).astype(float) @ (label[on] == labels[:, None]).T
     to = {answers[i]: labels[j] for i, j in zip(*linear_sum_assignment(-count), strict=True) if count[i, j]}
     return np.array([to.get(s, -1) for s in says])
 
@@ -397,11 +393,8 @@ def matched(label: np.ndarray, says: np.ndarray, on: np.ndarray) -> np.ndarray:
 
 
 def tail(hits: int, n: int, p: float) -> float:
-    """P(X >= hits) for the number X of successes in n trials of probability p, 0 < p < 1."""
-    def log_of(k: int) -> float:
-        return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * math.log(p) + (n - k) * math.log1p(-p)
-
-    return min(1.0, math.fsum(math.exp(log_of(k)) for k in range(hits, n + 1))) if hits > 0 else 1.0
+    """P(X >= hits) for the number X of successes in n trials of probability p."""
+    return float(bdtrc(hits - 1, n, p))
 
 
 def helps(label: np.ndarray, before: np.ndarray, after: np.ndarray, classes: int, tests: int) -> bool:
@@ -414,13 +407,16 @@ def helps(label: np.ndarray, before: np.ndarray, after: np.ndarray, classes: int
     gained, lost = int((now & ~was).sum()), int((was & ~now).sum())
     if gained - lost < GAIN * n or tail(gained, gained + lost, 0.5) >= ALPHA / tests:
         return False
-    shares = [np.bincount(x[(x >= 0) & (x < classes)], minlength=classes) / n for x in (label, after)]
-    chance = max(1 / classes, float(shares[0] @ shares[1]))
+    chance = max(1 / classes, float((label[:, None] == after).mean()))
     return chance < 1 and tail(int(now.sum()), n, chance) < ALPHA / tests
 
 
 def explains(label: np.ndarray, before: np.ndarray, after: np.ndarray, classes: int, tests: int) -> bool:
-    """Whether `after` is better by far: twice as many right answers, and by a tenth of the images."""
+    """Whether `after` is better by far: twice as many right answers, and by a tenth of the images.
+
+    Under a wrong order answers are right by luck, or in classes that keep their place; where they are right half as often
+    as under the best order, classes are taken for their likes. Neighbours in a list are often likes, hence the tenth.
+    """
     was, now = (before == label).mean(), (after == label).mean()
     return bool(now >= 2 * was and now >= was + 0.1) and helps(label, before, after, classes, tests)
 

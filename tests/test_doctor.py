@@ -236,6 +236,27 @@ def test_features_that_cannot_be_right_are_told_first(fault: str, net: nn.Module
     assert re.search(says, found[0].says), found[0].says
 
 
+NEARLY = [("constant_features", Changed(images=lambda z, x: 1 + 0.03 * random_says(z, x)), "of mean cosine 1 - [0-9]e-05"),
+          ("constant_classes", Changed(images=random_says, texts=lambda z, text: 1 + 0.03 * z), "classes have a mean cosine of 1 - 9e-05")]
+
+
+@pytest.mark.parametrize(("fault", "net", "says"), NEARLY)
+def test_features_that_are_nearly_the_same_are_told_of_a_model_at_chance(fault: str, net: nn.Module, says: str) -> None:
+    found = examine(planted(net=net), labelled())
+    assert faults(found) == [fault, "near_chance"]
+    assert re.search(says, found[0].says), found[0].says
+
+
+@pytest.mark.parametrize("fault", ["constant_features", "constant_classes"])
+def test_one_answer_that_is_often_right_does_not_hide_features_that_are_all_the_same(fault: str) -> None:
+    """Six of ten images are of the class that is said of all: far from chance."""
+    data = labelled()
+    often = tuple(raw | {"cls": b"0"} if i % 2 else raw for i, raw in enumerate(data.raws()))
+    same = {"constant_features": Changed(images=lambda z, x: torch.eye(CLASSES)[[0] * len(z)]),
+            "constant_classes": Changed(texts=lambda z, text: torch.ones_like(z))}
+    assert faults(examine(planted(net=same[fault]), replace(data, raws=Held(often)))) == [fault]  # type: ignore[arg-type]
+
+
 def test_weights_that_hold_nan_are_named() -> None:
     model = planted()
     with torch.no_grad():
@@ -252,6 +273,20 @@ def test_statistics_that_divide_by_zero_are_mended() -> None:
 def test_another_models_tokenizer_is_named() -> None:
     found = examine(replace(planted(), tokenizer=lambda texts: torch.zeros(len(texts), 1, dtype=torch.long)), labelled())
     assert causes(found) == ["constant_classes"] and "tokenizer gives only 1 different" in found[0].says
+
+
+def test_a_tokenizer_that_cannot_tell_most_classes_apart_is_named() -> None:
+    found = examine(replace(planted(), tokenizer=lambda texts: read_number(texts) % 2), labelled())
+    assert causes(found) == ["constant_classes"] and "are 2 to four digits; its tokenizer gives only 2 different" in found[0].says
+
+
+def test_a_name_that_two_classes_share_is_no_fault_of_the_model() -> None:
+    assert examine(planted(), replace(labelled(), classnames=NAMES[:5] * 2)) == []
+
+
+def test_images_of_one_class_may_have_the_same_features() -> None:
+    data = labelled()
+    assert examine(planted(), replace(data, raws=Held(tuple(raw for raw in data.raws() if raw["cls"] == b"3")))) == []  # type: ignore[arg-type]
 
 
 def test_images_that_are_all_the_same_are_no_fault_of_the_model() -> None:
@@ -321,6 +356,24 @@ def test_few_wrong_classes_and_collapsed_answers_are_not_an_order() -> None:
         assert not doctor.class_order(label, np.where(label == 0, 7, says), NAMES)  # one frequent class that is always taken for another
 
 
+def test_classes_that_are_often_taken_for_their_likes_are_not_an_order() -> None:
+    """Every class is called by its own name on 40 of 100 images and by one other name on 60: another order has 20 points
+    more, but in an order that is not the model's its own names would be luck."""
+    label = np.repeat(np.arange(10), 100)
+    likes = np.where(np.arange(1000) % 100 < 40, label, label ^ 1)
+    assert not doctor.class_order(label, likes, NAMES)
+    strange = np.where(np.arange(1000) % 100 < 30, label, label ^ 1)  # 30 and 70
+    assert doctor.class_order(label, strange, NAMES)
+
+
+def test_few_images_that_are_taken_for_the_neighbour_in_the_list_are_not_an_order() -> None:
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        label = rng.integers(1000, size=256)
+        says = np.where(rng.random(256) < 0.06, label - 1, rng.integers(1000, size=256))
+        assert not doctor.class_order(label, says, [f"{i * 7919 % 1000:03d}" for i in range(1000)]), seed
+
+
 def test_answers_that_tell_classes_apart_without_knowing_their_names_are_not_an_order() -> None:
     """Each class has an answer of its own that it gets on a quarter of its images, often another than its name."""
     for seed in range(100):
@@ -363,6 +416,12 @@ def test_an_alternative_that_gains_ten_points_is_found_in_most_samples() -> None
         before = answers(rng, label, 0.3, 100)
         found += helps(label, before, np.where(rng.random(256) < 0.15, label, before), 100, 6)
     assert found >= 95
+
+
+def test_a_gain_that_is_sure_but_small_is_not_worth_naming() -> None:
+    label = np.arange(4000) % 10
+    before, worth, small = (np.where(np.arange(4000) < wrong, (label + 1) % 10, label) for wrong in (1000, 900, 940))
+    assert helps(label, before, worth, 10, 1) and not helps(label, before, small, 10, 1)  # 2.5 % and 1.5 %
 
 
 def test_guessing_does_not_mend_a_model_that_is_always_wrong() -> None:
@@ -453,6 +512,20 @@ def test_no_more_than_128_images_are_encoded_at_once(monkeypatch: pytest.MonkeyP
     assert max(sizes) == 128
 
 
+@pytest.mark.parametrize(("skill", "glances"), [(1.0, 0), (0.5, 5)])
+def test_a_healthy_model_costs_one_look_and_a_glance_an_alternative(skill: float, glances: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, encode = [], Planted.encode_image
+    monkeypatch.setattr(Planted, "encode_image", lambda self, x, normalize: sizes.append(len(x)) or encode(self, x))
+    assert examine(planted(skill=skill, act=nn.GELU), labelled(300)) == [] and sum(sizes) == 256 + 64 * glances
+
+
+def test_texts_are_encoded_once_by_each_of_the_two_networks_however_much_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, encode = [], Planted.encode_text
+    monkeypatch.setattr(Planted, "encode_text", lambda self, text, normalize: calls.append(len(text)) or encode(self, text))
+    assert causes(examine(planted(BYTES, act=nn.GELU, wants=QuickGELU), labelled())) == ["normalisation", "quick_gelu"]
+    assert calls == [CLASSES] * 2
+
+
 def test_the_network_is_left_as_it_was() -> None:
     model = planted(act=nn.GELU, wants=QuickGELU)
     before, card = {k: v.clone() for k, v in model.net.state_dict().items()}, json.dumps(model.card)
@@ -524,6 +597,28 @@ def test_a_trigger_may_shrink_with_the_image_but_not_vanish() -> None:
     marks = doctor.look(planted(), large, {"noise": threat(Blend(0.2)), "grain": threat(Grain(0.2))}, 40)[2]
     assert not list(doctor.examine_trigger("", marks["noise"])) and max(m.left / m.put for m in marks["noise"]) < 0.9
     assert faults(list(doctor.examine_trigger("", marks["grain"]))) == ["trigger_cropped"]
+
+
+@dataclass(frozen=True)
+class Faded(Trigger):
+    """Takes some of the colour out of stripes two pixels wide, and leaves their brightness, and leaves black."""
+
+    def pixels(self, x: Tensor, rng: torch.Generator) -> Tensor:
+        return x - STRIPES * 4 / 255 * bool(x.any())
+
+
+STRIPES = (torch.arange(32) // 2 % 2 * 2 - 1) * torch.tensor([0.587, -0.299, 0.0])[:, None, None]
+
+
+def test_what_the_codec_does_to_the_clean_image_does_not_count_as_the_trigger() -> None:
+    """JPEG fades coloured stripes anew each time they are written, as this trigger does; of the trigger itself nothing is left."""
+    file = io.BytesIO()
+    Image.fromarray((128 + 40 * STRIPES).round().byte().permute(1, 2, 0).expand(32, 32, 3).numpy()).save(file, "JPEG", quality=75)
+    Image.new("RGB", (32, 32)).save(black := io.BytesIO(), "JPEG", quality=75)  # where there is no trigger, nothing is kept of it
+    raws = tuple({"__key__": f"{i}", "jpg": f.getvalue(), "cls": b"0"} for i, f in enumerate([file, file, black]))
+    marks = doctor.look(planted(size=32), replace(labelled(), raws=Held(raws)), {"it": threat(Faded())}, 3)[2]["it"]  # type: ignore[arg-type]
+    assert [m.kept for m in marks if m.left] == pytest.approx([0.0] * 2, abs=0.1) and sum(m.kept is None for m in marks) == 1
+    assert faults(list(doctor.examine_trigger("it", marks))) == ["trigger_codec"]
 
 
 def test_every_threat_is_examined_and_named_after_what_is_wrong_with_the_model() -> None:
