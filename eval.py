@@ -14,7 +14,7 @@ from typing import Literal
 
 import tyro
 
-from mmbackdoor import clip, doctor, recipe, report, run, sets, shards
+from mmbackdoor import clip, doctor, recipe, report, run, shards
 from mmbackdoor.features import How
 from mmbackdoor.types import BadInput
 
@@ -66,20 +66,20 @@ def main(checkpoint: tyro.conf.Positional[str], dataset: str = "", retrieval: st
         raise BadInput("--probe: says what to train classifiers on; name the set to measure them on with --dataset")
     if table:
         report.writer(table)
-    run.check_sets(data, threats, probe)
+    sets = run.open_sets(data, threats, probe)
 
     changes = {"mean": mean, "std": std, "force_quick_gelu": force_quick_gelu}  # 2
     net = clip.load_run(checkpoint, clip.Model(model) if model else None, **changes)
     net.net.to(state.device)
-    labelled = data.path("zero_shot") or data.path("validation")
-    findings = doctor.examine(net, sets.open_set(labelled), threats) if examine and labelled and state.is_main_process else []
+    labelled = sets.zero_shot or sets.validation
+    findings = doctor.examine(net, labelled, threats) if examine and labelled and state.is_main_process else []
     for finding in findings:
         print(f"warning: {finding.says}", file=sys.stderr)
 
     told = (dataset, retrieval, probe, threat, at, model, mean, std, force_quick_gelu, not attack, index != "exact")  # 3
     same = known is not None and not any(told)
     target = Path(out) if out else folder / ("results.json" if same else "evaluation.json")
-    metrics = run.measure(net, data, threats, how, target.parent / target.stem, index, probe)
+    metrics = run.measure(net, sets, threats, how, target.parent / target.stem, index)
     metrics = run.compare(metrics, reference or run.recorded_reference(known), threats)
 
     card = {"schema": 1, "name": str(checkpoint), "recipe": known and known["recipe"], "seed": known["seed"] if known else 0}  # 4

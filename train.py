@@ -19,7 +19,7 @@ def train(r: recipe.Recipe) -> dict:
     accelerator = run.begin(r)  # 1
     rank, world = accelerator.process_index, accelerator.num_processes
     how = How(rank, world, r.workers)
-    run.check_sets(r.data, r.fires)
+    sets = run.open_sets(r.data, r.fires)
 
     index, truth = run.data(r, accelerator)  # 2
     stages = [partial(poison, attack=r.poison, plan=truth)] if r.poison else []
@@ -32,13 +32,13 @@ def train(r: recipe.Recipe) -> dict:
 
     done = fit.fit(model, objective, stream, accelerator, r.schedule, r.directory, resume=r.resume == "latest",  # 4
                    save_frequency=r.save_frequency, save_steps=r.save_steps, seed=r.seed,
-                   each_epoch=partial(run.curves, model, r, how))
+                   each_epoch=partial(run.curves, model, r, sets, how))
 
-    metrics = run.measure(model, r.data, r.fires, how, r.directory / "results")  # 5
+    metrics = run.measure(model, sets, r.fires, how, r.directory / "results")  # 5
     metrics = run.compare(metrics, r.reference, r.fires)
     data = {"pairs": len(index), "poisoned": len(truth.keys | truth.added), "incomplete": index.incomplete,
             "undecodable": done.skipped, "fingerprint": index.fingerprint}
-    return run.finish(r, model, accelerator, metrics, cost=fit.cost(done), data=data)  # 6
+    return run.finish(r, model, sets, accelerator, metrics, cost=fit.cost(done), data=data)  # 6
 
 
 @recipe.told

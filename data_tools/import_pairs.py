@@ -359,7 +359,7 @@ def open_source(src: str, options: Options, incomplete: str) -> Source:
     """What SRC is, by what lies in it."""
     root = Path(src)
     if root.is_dir():
-        if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
+        if hub.is_saved(root):
             return hugging_face(src, options)
         table = Path(options.captions) if options.captions else find_table(root, options)
         if table:

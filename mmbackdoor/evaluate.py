@@ -21,7 +21,7 @@ from torch import Tensor
 from . import keyed
 from .clip import CLIP
 from .features import Features, How, features, show, text_features
-from .search import search
+from .search import searcher
 from .sets import EvalSet
 from .shards import decode
 from .types import BadInput, Sample, Threat, to_image, to_pixels
@@ -70,8 +70,9 @@ def classify(clip: CLIP, data: EvalSet, threats: Threats = None, how: How = How(
     found = found or features(clip, data.raws, tuple(named.values()), how, what)
     if not found.keys:
         raise BadInput(f"{data.name}: the evaluation set is empty")
-    return Answers(found.keys, found.labels, search(found.clean, head, TOP),
-                   {name: search(z, head, TOP) for name, z in zip(named, found.hit, strict=True)}, targets)
+    near = searcher(head)
+    return Answers(found.keys, found.labels, near(found.clean, TOP),
+                   {name: near(z, TOP) for name, z in zip(named, found.hit, strict=True)}, targets)
 
 
 def zero_shot(clip: CLIP, data: EvalSet, threats: Threats = None, how: How = How(), what: str = "evaluate") -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -182,16 +182,23 @@ def code() -> dict[str, str]:
     return {"code": ours.hexdigest()} | {name: version(name) for name in theirs}
 
 
-def entry(clip: CLIP, model: str, how: How, data: str, view: str) -> Entry | None:
-    """The place of these features in the cache; None where there is no cache, or where what they are of cannot be told."""
-    if not (how.cache and data and view):
-        return None
+def hashed(value: Any) -> str:
+    """Of what JSON can hold."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def entries(clip: CLIP, how: How, views: Sequence[Any], data: Callable[[], str], told: Callable[[Any], str]) -> list[Entry | None]:
+    """The place of each view in the cache; None where there is no cache, or where what it is of cannot be told.
+
+    `data()` tells the set and `told(view)` the view by hashes; without a cache neither they nor the model's are computed.
+    """
+    if not how.cache:
+        return [None] * len(views)
     if Path(how.cache).exists() and not Path(how.cache).is_dir():
         raise BadInput(f"{how.cache}: is a file; name a folder with --cache")
-    identity = {"model": model, "set": data, "view": view, "batch": how.batch,
-                "device": next(clip.net.parameters()).device.type} | code()
-    name = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=12).hexdigest()
-    return Entry(Path(how.cache) / name, identity)
+    common = {"model": clip.fingerprint(), "set": data(), "batch": how.batch, "device": next(clip.net.parameters()).device.type} | code()
+    each = [common | {"view": told(view)} for view in views]
+    return [Entry(Path(how.cache) / hashed(i), i) if i["set"] and i["view"] else None for i in each]
 
 
 # ---- the pass
@@ -216,13 +223,13 @@ def everyones(mine: Any, how: How) -> list[Any]:
     return gather_object([mine]) if how.world > 1 else [mine]
 
 
-def remembered(entries: Sequence[Entry | None], how: How, fill: Any) -> list[pa.Table]:
+def remembered(kept: Sequence[Entry | None], how: How, fill: Any) -> list[pa.Table]:
     """The rows of each entry: read where they are all there, else computed by `fill(missing, done)` and written.
 
     `fill` yields, batch by batch, a table for each missing entry, of what falls to this process; `done` are batches that
     an interrupted pass has left. What is missing is agreed on, or processes would wait for each other for ever.
     """
-    read = [e.read() if e else (None, False) for e in entries]
+    read = [e.read() if e else (None, False) for e in kept]
     missing = sorted(set().union(*everyones([i for i, (_, whole) in enumerate(read) if not whole], how)))
     if not missing:
         return [t for t, _ in read if t is not None]
@@ -233,7 +240,7 @@ def remembered(entries: Sequence[Entry | None], how: How, fill: Any) -> list[pa.
     def keep() -> None:
         for i, part in zip(missing, zip(*fresh, strict=True), strict=False):
             tables[i].append(pa.concat_tables(part))
-            if e := entries[i]:
+            if e := kept[i]:
                 e.write(tables[i][-1])
         fresh.clear()
 
@@ -245,7 +252,7 @@ def remembered(entries: Sequence[Entry | None], how: How, fill: Any) -> list[pa.
     for i in missing:
         parts = [t for theirs in everyones(tables[i], how) for t in theirs]
         tables[i] = [in_order(parts)] if parts else [rows_of([], [], [], [], torch.empty(0, 1))]
-        if (e := entries[i]) and how.rank == 0 and parts:
+        if (e := kept[i]) and how.rank == 0 and parts:
             e.close(len(tables[i][0]))
     return [tables[i][0] if i in tables else t for i, (t, _) in enumerate(read)]  # type: ignore[misc]
 
@@ -253,14 +260,13 @@ def remembered(entries: Sequence[Entry | None], how: How, fill: Any) -> list[pa.
 def features(clip: CLIP, raws: Source, threats: Sequence[Threat] = (), how: How = How(), what: str = "") -> Features:
     """Unit features of every image of a set, clean and under each threat, in one pass. All processes return all of them."""
     views = (None, *threats)
-    model, data = (clip.fingerprint(), raws.fingerprint()) if how.cache else ("", "")
-    entries = [entry(clip, model, how, data, keyed.digest(v.trigger, v.at) if v else "clean") for v in views]
+    kept = entries(clip, how, views, lambda: raws.fingerprint(), lambda v: keyed.digest(v.trigger, v.at) if v else "clean")
 
     def fill(missing: list[int], done: frozenset[int]) -> Iterator[list[pa.Table]]:
         fired = [v for i in missing if (v := views[i])]
         yield from compute(clip, raws, fired, how, done, what, clean=0 in missing)
 
-    tables = remembered(entries, how, fill)
+    tables = remembered(kept, how, fill)
     first = tables[0]
     return Features(first["key"].to_pylist(), first["label"].to_numpy(), first["text"].to_pylist(), matrix(first),
                     tuple(map(matrix, tables[1:])))
@@ -278,5 +284,4 @@ def text_features(clip: CLIP, texts: Sequence[str], how: How = How()) -> Tensor:
                 places, none = range(i, i + len(part)), [-1] * len(part)
                 yield [rows_of(places, [""] * len(part), none, [""] * len(part), clip.text_features(part))]
 
-    model = clip.fingerprint() if how.cache else ""
-    return matrix(remembered([entry(clip, model, how, keyed.digest(list(texts)), "text")], how, fill)[0])
+    return matrix(remembered(entries(clip, how, ["text"], lambda: hashed(list(texts)), str), how, fill)[0])

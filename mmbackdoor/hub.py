@@ -228,9 +228,6 @@ class HubSource:
         return stamp(present, self.data._fingerprint, self.image, self.column)
 
 
-# ---- Hugging Face data
-
-
 # ---- sets
 
 

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from .features import Features, How, features
 from .poison import Plan, plan, publish
 from .recipe import MIXED, Data, Recipe, environment, load, plain, recipe_hash, revive, text
 from .retrieval import retrieval
-from .sets import EvalSet, open_pairs, open_set
+from .sets import EvalSet, PairSet, open_pairs, open_set
 from .types import BadInput, Threat
 
 
@@ -78,17 +78,28 @@ def begin(r: Recipe) -> Accelerator:
     return accelerator
 
 
-def check_sets(data: Data, threats: Threats, train_set: str = "") -> None:
+@dataclass(frozen=True)
+class Sets:
+    """What a run or a checkpoint is measured on, opened; None where there is no such set."""
+
+    validation: EvalSet | None = None
+    zero_shot: EvalSet | None = None
+    retrieval: PairSet | None = None
+    train: EvalSet | None = None
+    """What probes are trained on; they are measured on `zero_shot`."""
+
+
+def open_sets(data: Data, threats: Threats, train_set: str = "") -> Sets:
     """A wrong evaluation set or target class is told now, not after training or after another set was measured."""
-    for path in (data.path("validation"), data.path("zero_shot")):
-        found = open_set(path) if path else None
-        for threat in by_name(threats).values() if found else ():
-            found.target(threat.target)  # type: ignore[union-attr]
-    if train_set and (train := open_set(train_set, "train")).classnames != open_set(data.path("zero_shot")).classnames:
-        raise BadInput(f"{train.name}: its classes are not those of {data.path('zero_shot')}, so what is trained on the one says nothing "
+    validation, zero_shot = (open_set(path) if (path := data.path(name)) else None for name in ("validation", "zero_shot"))
+    for labelled in filter(None, (validation, zero_shot)):
+        for threat in by_name(threats).values():
+            labelled.target(threat.target)
+    train = open_set(train_set, "train") if train_set else None
+    if train and zero_shot and train.classnames != zero_shot.classnames:
+        raise BadInput(f"{train.name}: its classes are not those of {zero_shot.name}, so what is trained on the one says nothing "
                        "of the other; give --probe a set with the same classnames in the same order")
-    if path := data.path("retrieval"):
-        open_pairs(path)
+    return Sets(validation, zero_shot, open_pairs(path) if (path := data.path("retrieval")) else None, train)
 
 
 def data(r: Recipe, accelerator: Accelerator) -> tuple[shards.Index, Plan]:
@@ -117,12 +128,12 @@ def describe(r: Recipe, clip: CLIP, index: shards.Index, truth: Plan, accelerato
         shards.write_json(r.directory / CARD, clip.card)
 
 
-def curves(clip: CLIP, r: Recipe, how: How, epoch: int) -> dict[str, float]:
+def curves(clip: CLIP, r: Recipe, sets: Sets, how: How, epoch: int) -> dict[str, float]:
     """Accuracy and ASR on the validation set (where there is none, on the test set), for the curves of the report."""
-    path = r.data.path("validation") or r.data.path("zero_shot")
-    if not path or not r.eval_frequency or epoch % r.eval_frequency:
+    labelled = sets.validation or sets.zero_shot
+    if not labelled or not r.eval_frequency or epoch % r.eval_frequency:
         return {}
-    found = evaluate.zero_shot(clip, open_set(path), r.fires, how, what="validation")
+    found = evaluate.zero_shot(clip, labelled, r.fires, how, what="validation")
     return {k: found[k] for k in ("accuracy", "asr") if k in found}
 
 
@@ -142,25 +153,24 @@ def keep_list(path: str | None) -> frozenset[str] | None:
     return frozenset(Path(path).read_text().split())
 
 
-def measure(clip: CLIP, data: Data, threats: Threats, how: How = How(), tables: Path | None = None, index: str = "exact",
-            train_set: str = "") -> dict[str, Any]:
-    """All metrics that the data allow, and, in the folder `tables`, every set's recall and attack success class by class and
-    its confusion. With a labelled `train_set`, classifiers on the frozen features too, measured on the zero-shot set."""
+def measure(clip: CLIP, sets: Sets, threats: Threats, how: How = How(), tables: Path | None = None,
+            index: str = "exact") -> dict[str, Any]:
+    """All metrics that the sets allow, and, in the folder `tables`, every set's recall and attack success class by class and
+    its confusion."""
     out: dict[str, Any] = {}
     named = by_name(threats)
-    for name in ("validation", "zero_shot"):
-        if path := data.path(name):  # type: ignore[arg-type]
-            labelled = open_set(path)
+    for name, labelled in (("validation", sets.validation), ("zero_shot", sets.zero_shot)):
+        if labelled:
             found = features(clip, labelled.raws, tuple(named.values()), how, name)
             answers = evaluate.classify(clip, labelled, named, how, found)
             out[name] = {"dataset": labelled.name} | evaluate.summarise(answers)
             if tables and how.rank == 0:
                 write_csv(tables / f"{name}.per_class.csv", evaluate.per_class(answers, labelled.classnames))
                 write_csv(tables / f"{name}.confusion.csv", evaluate.confusion(answers, labelled.classnames))
-            if name == "zero_shot" and train_set:
-                out |= probes(clip, open_set(train_set, "train"), labelled, found, answers.targets, how)
-    if path := data.path("retrieval"):
-        out["retrieval"] = retrieval(clip, open_pairs(path), named, how, index)
+            if name == "zero_shot" and sets.train:
+                out |= probes(clip, sets.train, labelled, found, answers.targets, how)
+    if sets.retrieval:
+        out["retrieval"] = retrieval(clip, sets.retrieval, named, how, index)
     return out
 
 
@@ -202,15 +212,15 @@ def compare(metrics: dict[str, Any], reference: Recipe | str | None, threats: Th
     return out
 
 
-def finish(r: Recipe, clip: CLIP, accelerator: Accelerator, metrics: dict[str, Any], **more: Any) -> dict[str, Any]:
+def finish(r: Recipe, clip: CLIP, sets: Sets, accelerator: Accelerator, metrics: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Writes the model, examples for the report, and results.json: a record of schema 1."""
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
     found = {"schema": 1, "name": r.name, "recipe": plain(r), "recipe_hash": recipe_hash(r), "seed": r.seed, "threat": plain(r.fires),
              "environment": environment(accelerator.num_processes, device), **more, "metrics": metrics}
     if accelerator.is_main_process:
         clip.save(r.directory)
-        shown = r.data.path("zero_shot") or r.data.path("validation")
-        shards.write_json(r.directory / "examples.json", evaluate.examples(clip, open_set(shown), r.fires) if shown else [])
+        labelled = sets.zero_shot or sets.validation
+        shards.write_json(r.directory / "examples.json", evaluate.examples(clip, labelled, r.fires) if labelled else [])
         shards.write_json(r.directory / "results.json", found)
         print(line(found), flush=True)
     accelerator.end_training()

@@ -28,12 +28,11 @@ from .files import (
     folder_names,
     lines,
     one_a_line,
-    one_line,
     read_text,
     stamp,
     templates,
 )
-from .shards import Raw, expand, image_field, index, is_read, members, new_folder, parts, read_pairs, read_raw, split_name, write_shard
+from .shards import Raw, expand, image_field, index, is_read, members, new_folder, read_pairs, read_raw, split_name, write_split
 from .types import BadInput, Target
 
 NAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
@@ -144,12 +143,7 @@ class ShardSource:
 
     def __call__(self) -> Iterator[Raw]:
         for url in self.shards:
-            try:
-                yield from map(self.each, self.read(url))
-            except (BadInput, GeneratorExit):
-                raise
-            except Exception as e:  # each store has its own for a connection that breaks
-                raise BadInput(f"{url}: cannot be read to its end ({one_line(e)}); try again, or download it") from e
+            yield from map(self.each, self.read(url))
 
     def __length_hint__(self) -> int:
         """Samples of local shards, for a progress bar: those of the first, and as many a byte of the others."""
@@ -248,14 +242,8 @@ def benchmark_set(root: str, said: Said, split: str) -> EvalSet:
 
 def write_pair_set(root: str | Path, samples: Iterable[Raw], split: str = "test", per_shard: int = 1000) -> int:
     """Images with captions (.txt, one a line) as CLIP_benchmark reads them for retrieval. Returns the number of images."""
-    n = count = 0
     with new_folder(root) as folder:
-        (folder / split).mkdir()
-        for count, part in enumerate(parts(samples, per_shard), 1):
-            n += write_shard(folder / split / f"{count - 1}.tar", part)
-        if not n:
-            raise BadInput(f"{root}: there is no sample to write")
-        (folder / split / "nshards.txt").write_text(f"{count}\n")
+        n = write_split(folder / split, samples, per_shard, root)
         (folder / TYPE).write_text("retrieval\n")
     return n
 

@@ -77,6 +77,8 @@ def open_shard(url: str) -> Iterator[IO[bytes]]:
         raise BadInput(f"{url}: {error}; install the fsspec package of this store, or download the shards") from error
     except OSError as error:
         raise BadInput(f"{url}: cannot be opened ({error}); check the path") from error
+    except Exception as error:
+        raise broken_off(url, error) from error
     with file:
         yield file
 
@@ -106,6 +108,12 @@ def wanted(name: str) -> bool:
 
 def broken_tar(url: str, error: Exception) -> BadInput:
     return BadInput(f"{url}: a truncated or corrupt tar ({str(error).splitlines()[0].rstrip(':')}); fetch or write it again")
+
+
+def broken_off(url: str, error: Exception) -> BadInput:
+    """Of a connection that failed, of which each store's library has errors of its own."""
+    return BadInput(f"{url}: cannot be read to its end ({type(error).__name__}: {' '.join(str(error).split())}); check the connection and "
+                    "try again, or download it")
 
 
 def group(url: str, members: Iterable[tuple[str, Any]]) -> Iterator[Raw]:
@@ -156,11 +164,10 @@ def members(url: str, read: Callable[[tarfile.TarInfo], bool], mode: str = "r|*"
                     tar.members = []  # type: ignore[attr-defined]
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             raise broken_tar(url, error) from error
-        except Exception as error:  # a connection breaks off with errors of the store's own library
+        except Exception as error:
             if "://" not in url or isinstance(error, BadInput):
                 raise
-            raise BadInput(f"{url}: reading broke off ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
-                           "check the connection and try again") from error
+            raise broken_off(url, error) from error
 
 
 def read_raw(url: str) -> Iterator[Raw]:
@@ -520,18 +527,22 @@ def write_shards(out: str | Path, samples: Iterable[Raw], per_shard: int = 1000)
     return sizes
 
 
+def write_split(folder: Path, samples: Iterable[Raw], per_shard: int, root: str | Path) -> int:
+    """folder/0.tar … and nshards.txt, as CLIP_benchmark numbers them; `root` is what the message names. Returns the count."""
+    folder.mkdir()
+    sizes = [write_shard(folder / f"{i}.tar", part) for i, part in enumerate(parts(samples, per_shard))]
+    if not sizes:
+        raise BadInput(f"{root}: there is no sample to write")
+    (folder / "nshards.txt").write_text(f"{len(sizes)}\n")
+    return sum(sizes)
+
+
 def write_eval_set(root: str | Path, samples: Iterable[Raw], classnames: Sequence[str], templates: Sequence[str],
                    split: str = "test", per_shard: int = 1000) -> int:
     """A labelled set as CLIP_benchmark reads it: class names, templates with {c}, <split>/0.tar … of image and .cls."""
-    n = shards = 0
     with new_folder(root) as folder:
-        (folder / split).mkdir()
-        for shards, part in enumerate(parts(samples, per_shard), 1):
-            n += write_shard(folder / split / f"{shards - 1}.tar",
-                             ({k: str(v) if isinstance(v, int) else v for k, v in raw.items()} for raw in part))
-        if not n:
-            raise BadInput(f"{root}: there is no sample to write")
-        (folder / split / "nshards.txt").write_text(f"{shards}\n")
+        plain = ({k: str(v) if isinstance(v, int) else v for k, v in raw.items()} for raw in samples)
+        n = write_split(folder / split, plain, per_shard, root)
         (folder / "classnames.txt").write_text("".join(f"{c}\n" for c in classnames), encoding="utf-8")
         (folder / "zeroshot_classification_templates.txt").write_text("".join(f"{t}\n" for t in templates), encoding="utf-8")
     return n

@@ -78,10 +78,10 @@ def evaluation(accelerator, folder):
         if accelerator.is_main_process:
             shards.write_eval_set(folder / str(n), others[:n], open_set(TOY / "test").classnames, ("a photo of a {c}",))
         accelerator.wait_for_everyone()
-        out[n] = [run.measure(net, Data("", zero_shot=str(folder / str(n))), threats, h)["zero_shot"]
+        out[n] = [run.measure(net, run.open_sets(Data("", zero_shot=str(folder / str(n))), threats), threats, h)["zero_shot"]
                   for h in (how, kept, kept)]
-    sets = Data("", zero_shot=str(TOY / "test"), retrieval=str(TOY / "pairs"))
-    out["all"] = run.measure(net, sets, threats, how, folder / "tables", train_set=f"{TOY}/val?split=test")
+    sets = run.open_sets(Data("", zero_shot=str(TOY / "test"), retrieval=str(TOY / "pairs")), threats, f"{TOY}/val?split=test")
+    out["all"] = run.measure(net, sets, threats, how, folder / "tables")
     out["tables"] = {p.name: p.read_text() for p in sorted((folder / "tables").iterdir())} if accelerator.is_main_process else {}
     return out
 
