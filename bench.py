@@ -13,7 +13,7 @@ from pathlib import Path
 import tyro
 
 from eval import main as measure
-from mmbackdoor import recipe, report, run, shards
+from mmbackdoor import recipe, report, run, stores
 from train import train
 
 
@@ -55,7 +55,7 @@ def main(config: tyro.conf.Positional[str], seeds: tuple[int, ...] = (0,), recor
     if record:  # 4
         for d in found:
             r = found[d]
-            shards.write_json(Path(record) / f"{r['name']}-seed{r['seed']}.json", r)
+            stores.write_json(Path(record) / f"{r['name']}-seed{r['seed']}.json", r)
 
 
 if __name__ == "__main__":

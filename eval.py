@@ -14,7 +14,7 @@ from typing import Literal
 
 import tyro
 
-from mmbackdoor import clip, doctor, recipe, report, run, shards
+from mmbackdoor import clip, doctor, recipe, report, run, stores
 from mmbackdoor.features import How
 from mmbackdoor.types import BadInput
 
@@ -87,7 +87,7 @@ def main(checkpoint: tyro.conf.Positional[str], dataset: str = "", retrieval: st
                 "evaluated_by": recipe.environment(state.num_processes, state.device.type)}
     found = (known if known and same else card) | measured
     if state.is_main_process:
-        shards.write_json(target, found)
+        stores.write_json(target, found)
         if table:
             report.write(table, report.each_threat(found))
         for name, kept in metrics.get("retrieval", {}).items():

@@ -11,7 +11,6 @@ from functools import partial
 
 from mmbackdoor import clip, fit, recipe, run
 from mmbackdoor.features import How
-from mmbackdoor.poison import poison
 from mmbackdoor.stream import Stream
 
 
@@ -21,8 +20,7 @@ def train(r: recipe.Recipe) -> dict:
     how = How(rank, world, r.workers)
     sets = run.open_sets(r.data, r.fires)
 
-    index, truth = run.data(r, accelerator)  # 2
-    stages = [partial(poison, attack=r.poison, plan=truth)] if r.poison else []
+    index, stages, truth = run.data(r, accelerator)  # 2
 
     model = clip.load(r.model, run.weights(r.init), r.aug, r.seed)  # 3
     objective = copy.deepcopy(r.objective)

@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mmbackdoor import shards
+from mmbackdoor import shards, stores
 from mmbackdoor.clip import CARD, WEIGHTS
 from mmbackdoor.recipe import command
 from mmbackdoor.sets import open_set, write_pair_set
@@ -235,7 +235,7 @@ def main(checkpoint: str = "runs/toy/badnets", emoji_checkpoint: str = "runs/emo
     gaps = differences(found)  # 4
     found["largest_difference"] = max(gaps.values())
     if record:
-        shards.write_json(record, found)
+        stores.write_json(record, found)
     print(json.dumps(found) if as_json else table(found, gaps))
     if worst := [f"{name} {gap:.1e}" for name, gap in gaps.items() if gap > TOLERANCE]:
         tell(f"error: {len(worst)} measures differ by more than {TOLERANCE}: {', '.join(worst)}")

@@ -1,68 +1,72 @@
 """Write poisoned shards: the attack of a recipe on its training data, once and for all.
 
     python data_tools/poison.py configs/toy/badnets.py --data.train data/toy/train --out data/toy-badnets
-    python train.py configs/toy/from_disk.py                              (trains on them)
+    python data_tools/poison.py configs/cc3m/badnets.py --data.train 's3://clean/{00000..00331}.tar' --out s3://poisoned \\
+        --dask-scheduler tcp://HOST:8786
+    python data_tools/poison.py configs/toy/badnets.py --out data/toy-patch --form patch       (the changed samples only)
+    python train.py configs/toy/from_disk.py                                                   (trains on the first)
 
 The poisons are those that training with the same recipe would see online, byte for byte. Shards keep their names,
-members and order; untouched shards are copied as they are. OUT also gets plan.parquet (the ground truth) and
-manifest.json. A rerun goes on with the shards that are missing.
+members and order, and every byte of what is not planned. OUT also gets plan.parquet (the ground truth), manifest.json,
+sizes.json, and a NNNNN_stats.json for each shard that is done. A rerun, or another task of an array job, goes on with the
+shards that are missing. --verify then proves that nothing else differs, and OUT/verified.json says what does.
 """
-import json
-import os
 import sys
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Annotated
 
-from tqdm import tqdm
+import tyro
 
-from mmbackdoor import recipe, shards
-from mmbackdoor.poison import plan, poison, publish
+from mmbackdoor import forms, index, recipe, stores
+from mmbackdoor.poison import Plan
+from mmbackdoor.spread import Spread
 from mmbackdoor.types import BadInput
 
 
-def main(r: recipe.Recipe, out: Path) -> None:
+@dataclass(frozen=True)
+class Command:
+    recipe: Annotated[tyro.conf.AvoidSubcommands[recipe.Recipe], tyro.conf.arg(name="")]
+    form: forms.Form = "shards"
+    """Whole shards, or a patch set: the changed samples alone, which --data.patch lays over the clean shards."""
+    plan_only: bool = False
+    """Write the plan and the manifest and stop there; the tasks of an array job then need not plan."""
+    verify: bool = False
+    """Compare what this task wrote with its source, byte by byte."""
+    spread: tyro.conf.OmitArgPrefixes[Spread] = Spread()
+
+
+def main(c: Command) -> None:
+    r, out = c.recipe, c.recipe.out.rstrip("/")
     if r.poison is None:
         raise BadInput(f"{r.name}: its recipe poisons nothing; name one with poison=…, such as configs/toy/badnets.py")
-    index = shards.index(r.data.path("train"), r.data.incomplete)
-    truth = plan(r.poison, index, r.seed)
-    manifest = {"attack": recipe.plain(r.poison), "seed": r.seed, "poisoned": len(truth.keys), "pairs": len(index),
-                "source": index.fingerprint}
-    added = list(publish(r.poison, truth))
-    if again := {raw["__key__"] for raw in added} & {key for key, _ in index}:
-        raise BadInput(f"key {min(again)}, which the attack publishes, is in the data already; publish other keys")
-    truth = replace(truth, added=frozenset(raw["__key__"] for raw in added))
-    names = [os.path.basename(url) for url in index.shards]
-    if twice := [n for n in names if names.count(n) > 1]:
-        raise BadInput(f"{twice[0]}: two of the shards have this name, one would replace the other; poison each folder on its own")
-    begun = out / "manifest.json"
-    if out.exists() and any(out.iterdir()) and not (begun.is_file() and json.loads(begun.read_text()) == manifest):
-        raise BadInput(f"{out}: exists and was not written by this recipe from these shards; remove it or name another place")
-    shards.write_json(begun, manifest)
-    truth.save(out / "plan.parquet")
-    for url in tqdm(index.shards, desc="poison", unit="shard", disable=None):
-        target = out / os.path.basename(url)
-        if not target.exists():
-            planned = [raw for raw in shards.read_pairs(url) if raw["__key__"] in truth.keys]
-            for raw in planned if r.data.incomplete == "refuse" else ():
-                shards.decode(raw)
-            shards.splice(url, target, {raw["__key__"]: raw for raw in poison(planned, r.poison, truth)})
-    if added:
-        number = next(i for i in range(len(names), 10**9) if f"{i:05d}.tar" not in names)
-        shards.write_shard(out / f"{number:05d}.tar", added)
-    sizes = {}
-    for url in shards.expand(str(out)):
-        keys, _, lacking = shards.index_shard(url)
-        sizes[os.path.basename(url)] = len(keys) + len(lacking)
-    shards.write_json(out / "sizes.json", sizes)
-    print(f"{out}: {len(truth.keys) + len(added)} of {len(index) + len(added)} pairs poisoned; which ones is in {out}/plan.parquet")
+    found = index.find(r.data.path("train"), r.data.incomplete, r.data.path("index"))
+    given = Plan.load(r.plan) if r.plan else None
+    with c.spread.executor() as executor:
+        work = forms.prepare(r.poison, found, r.seed, out, recipe.plain(r.poison), c.form, r.codec, r.data.incomplete, given, executor,
+                             c.spread)
+        share, where = f"{len(work.plan)} of {len(found) + len(work.plan.added)} pairs", f"which ones is in {out}/{forms.PLAN}"
+        if given and (lost := len(given.keys) - len(work.plan.keys)):
+            where += f"; {lost} others that {r.plan} names are not in these shards"
+        if c.plan_only:
+            print(f"{out}: {share} planned; {where}")
+            return
+        missing = forms.make(work, executor)
+        print(f"{out}: {missing} of {len(work.names)} shards are missing yet, which other tasks write" if missing
+              else f"{out}: {share} poisoned; {where}")
+        if c.verify:
+            changed = forms.verify(work, executor)
+            name = "verified.json" if c.spread.num_tasks == 1 else f"verified-{c.spread.task_index}.json"
+            stores.write_json(stores.join(out, name), {"changed": changed})
+            print(f"{out}: {len(changed)} {'members' if c.form == 'shards' else 'samples'} changed, all of them planned, and no other "
+                  f"byte; which ones is in {out}/{name}")
 
 
 @recipe.told
 def cli() -> None:
-    r = recipe.from_command_line(__doc__)
+    command = recipe.from_command_line(__doc__, Command)
     if not any(a == "--out" or a.startswith("--out=") for a in sys.argv):
         raise BadInput("--out is missing: name the folder for the poisoned shards")
-    main(r, Path(r.out))
+    main(command)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
 from .huggingface import CARD, RESAMPLING, HuggingFace, build_hf, hf_card, hub_errors, is_hf, is_saved_hf, save_hf
-from .shards import read_json, replacing, write_json
+from .stores import read_json, replacing, write_json
 from .types import BadInput, to_pixels
 
 WEIGHTS = "open_clip_model.safetensors"

@@ -113,7 +113,7 @@ def marks_on(clip: CLIP, raw: Raw, image: Image.Image, threats: Sequence[Threat]
     clean, *hits = show(clip, rgb, threats, key)
 
     def again(picture: Image.Image) -> Tensor:
-        return to_pixels(clip.geometry(decode_image({"__key__": key, field: encode_image(picture, like=image)}).convert("RGB")))
+        return to_pixels(clip.geometry(decode_image({"__key__": key, field: encode_image(picture, raw)}).convert("RGB")))
 
     # what the codec does to the clean image is no doing of the trigger
     before = again(rgb) if codec and any(t.at == "native" for t in threats) else None

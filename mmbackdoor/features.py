@@ -29,7 +29,8 @@ from tqdm import tqdm
 from . import keyed
 from .clip import CLIP
 from .files import Source
-from .shards import decode, read_json, replacing, write_json
+from .shards import decode
+from .stores import read_json, replacing, write_json
 from .types import BadInput, Threat, to_pixels
 
 PART = 32

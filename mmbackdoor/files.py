@@ -1,7 +1,6 @@
 """Files of evaluation sets: texts, images, class folders; what they hold, and whether they changed."""
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import re
@@ -15,6 +14,7 @@ from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from PIL import Image
 
 from .shards import Raw
+from .stores import stamp
 from .types import BadInput
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
@@ -146,38 +146,6 @@ def as_png(image: Image.Image) -> bytes:
 def is_image_name(name: str) -> bool:
     """Whether a file's name ends as those of FORMATS do."""
     return Image.registered_extensions().get(os.path.splitext(name)[1].lower()) in FORMATS
-
-
-# ---- whether they changed
-
-
-def stamp(files: Iterable[tuple[str, str]], *more: str) -> str:
-    """A hash of (name, path or URL) of files, which changes when one is changed or replaced; "" where a store does not tell."""
-    digest = hashlib.blake2b("\n".join(more).encode(), digest_size=16)
-    for name, path in files:
-        version = remote_version(path) if "://" in path else local_version(path)
-        if not version:
-            return ""
-        digest.update(f"\n{name}\0{version}".encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-def local_version(path: str) -> str:
-    """Restoring size and time of a file that was replaced leaves its inode and the time of the change."""
-    s = os.stat(path)
-    return f"{s.st_size} {s.st_mtime_ns} {s.st_ctime_ns} {s.st_ino}"
-
-
-def remote_version(url: str) -> str:
-    try:
-        fs, path = fsspec.core.url_to_fs(url)
-        fs.invalidate_cache()
-        info = fs.info(path)
-    except Exception:  # each store has its own errors; who reads the file will tell
-        return ""
-    tag, size = next((str(info[k]) for k in ("ETag", "etag") if info.get(k)), ""), info.get("size")
-    when = next((str(info[k]) for k in ("Last-Modified", "LastModified", "last_modified", "mtime", "updated") if info.get(k)), "")
-    return tag or (f"{when} {size}" if when and size is not None else "")
 
 
 # ---- one folder a class

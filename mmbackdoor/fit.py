@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from . import keyed
 from .clip import CLIP
-from .shards import replacing
+from .stores import replacing
 from .stream import Stream
 from .types import BadInput, Batch, Objective
 

@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .files import QUERY, Said, Source, begin, class_names, is_image_name, one_a_line, one_line, stamp, standard, templates
+from .files import QUERY, Said, Source, begin, class_names, is_image_name, one_a_line, one_line, standard, templates
 from .shards import Raw
+from .stores import stamp
 from .types import BadInput
 
 IMAGE_KEYS = ("image", "filepath", "file_name", "filename", "path", "image_path", "img")

@@ -15,7 +15,7 @@ from open_clip.transform import PreprocessCfg
 from PIL import Image
 from torch import Tensor, nn
 
-from .shards import read_json
+from .stores import read_json
 from .types import BadInput
 
 CARD = "open_clip_config.json"

@@ -1,20 +1,25 @@
 """From an attack to poisoned pairs: `plan` decides which, `poison` rewrites the stream, online and on disk alike."""
 from __future__ import annotations
 
-import heapq
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from open_clip import OPENAI_IMAGENET_TEMPLATES
 from torch import Generator
 
-from . import keyed
-from .shards import Raw, decode, encode, replacing
+from . import keyed, stores
+from .index import Index
+from .shards import Codec, Incomplete, Raw, decode, encode
+from .spread import Spread, map_shards
 from .types import Attack, BadInput, Sample
 
 IMAGENET_TEMPLATES = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
@@ -30,20 +35,29 @@ class Plan:
     added: frozenset[str] = frozenset()
     """Keys of the pairs that the attacker published, poison too."""
 
+    def __len__(self) -> int:
+        return len(self.keys) + len(self.added)
+
+    def __and__(self, keys: Iterable[str]) -> Plan:
+        """What of the plan is about these keys."""
+        there = (self.keys | self.added).intersection(keys)  # which may be a billion
+        return Plan(self.keys & there, self.seed, self.added & there)
+
     def save(self, path: str | Path) -> None:
         keys = sorted(self.keys) + sorted(self.added)
         table = pa.table({"key": pa.array(keys, pa.string()), "added": pa.array([k in self.added for k in keys], pa.bool_())})
-        with replacing(path) as temporary:
+        with stores.replacing(path) as temporary:
             pq.write_table(table.replace_schema_metadata({"mmbackdoor": json.dumps({"seed": self.seed})}), temporary)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         try:
-            table = pq.read_table(path)
+            with stores.local(str(path)) as here:
+                table = pq.read_table(here)
             seed = json.loads((table.schema.metadata or {})[b"mmbackdoor"])["seed"]
-            rows = table.to_pylist()
-            return cls(frozenset(r["key"] for r in rows if not r["added"]), seed, frozenset(r["key"] for r in rows if r["added"]))
-        except (OSError, KeyError, pa.ArrowException) as error:
+            keys, added = (frozenset(table.filter(rows)["key"].to_pylist()) for rows in (pc.invert(table["added"]), table["added"]))
+            return cls(keys, seed, added)
+        except (OSError, KeyError, BadInput, pa.ArrowException) as error:
             raise BadInput(f"{path}: not a plan ({error}); name the plan.parquet of a run or of poisoned shards") from error
 
 
@@ -71,48 +85,95 @@ class CleanLabel(Attack):
                          "text": self.trigger.text(sample["text"], rng)}
 
 
-def plan(attack: Attack, index: Iterable[tuple[str, str]], seed: int) -> Plan:
+def plan(attack: Attack, index: Index | Iterable[tuple[str, str]], seed: int, executor: Executor | None = None) -> Plan:
     """Exactly round(rate * N), or `count`, of the eligible keys: those whose hash with the seed is smallest.
 
     So the order of the shards does not matter, and the plan of a lower rate is part of that of a higher one. Raises
     BadInput when fewer pairs are eligible than the attack asks for.
     """
+    return Plan(frozenset(key for keys in choose(attack, index, seed, executor) for key in keys), seed)
+
+
+def choose(attack: Attack, index: Index | Iterable[tuple[str, str]], seed: int, executor: Executor | None = None) -> list[list[str]]:
+    """The keys of the plan, for each part of the index.
+
+    Each part is gone through on its own, in any process, and reports its best candidates only, about twice its share; a part
+    whose worst candidate might still have been beaten by one that it did not report is asked again.
+    """
+    parts: Sequence[Iterable[tuple[str, str]]] = index.parts if isinstance(index, Index) else [list(index)]
+    total = sum(map(len, parts))  # type: ignore[arg-type]
+    want = wanted(attack, total)
+    limits = [min(want, 64 + 2 * want * len(part) // max(total, 1)) for part in parts]  # type: ignore[arg-type]
+    found: list[Candidates] = [Candidates(0, np.empty(0, np.int64), [])] * len(parts)
+    ask = list(range(len(parts)))
+    with Spread(processes=1).executor() as here:
+        while ask:
+            tasks = [(parts[i], limits[i]) for i in ask]
+            for i, candidates in zip(ask, map_shards(partial(best, attack, seed), tasks, executor or here, "plan"), strict=True):
+                found[i] = candidates
+            eligible = sum(c.eligible for c in found)
+            if want > eligible:
+                asked = f"--poison.count {want}" if attack.count is not None else f"--poison.rate {attack.rate} of {total} pairs"
+                raise BadInput(f"{asked} asks for {want} poisons, only {eligible} pairs are eligible for target "
+                               f"{attack.target.label!r}; ask for at most {eligible}")
+            hashes = np.concatenate([c.hashes for c in found])
+            last = np.partition(hashes, want - 1)[want - 1] if 0 < want <= len(hashes) else np.iinfo(np.int64).max if want else -1
+            ask = [i for i, c in enumerate(found) if len(c.hashes) < min(c.eligible, want) and c.hashes[-1] <= last]
+            limits = [want if i in ask else limit for i, limit in enumerate(limits)]
+    chosen = [[key for h, key in zip(c.hashes.tolist(), c.keys, strict=True) if h < last] for c in found]
+    ties = sorted((key, i) for i, c in enumerate(found) for h, key in zip(c.hashes.tolist(), c.keys, strict=True) if h == last)
+    for key, i in ties[: want - sum(map(len, chosen))]:
+        chosen[i].append(key)
+    return chosen
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Of one part of an index, the eligible keys whose hashes are smallest, in that order, and how many are eligible."""
+
+    eligible: int
+    hashes: np.ndarray
+    keys: list[str]
+
+
+def best(attack: Attack, seed: int, task: tuple[Iterable[tuple[str, str]], int]) -> Candidates:
+    pairs, limit = task
+    keys = sorted(key for key, text in pairs if attack.eligible(key, text))  # of equal hashes the first key is best, in any order
+    hashes = np.array([keyed.integer(seed, "plan", key) for key in keys], np.int64)
+    order = np.argsort(hashes, kind="stable")[:limit]
+    return Candidates(len(keys), hashes[order], [keys[i] for i in order.tolist()])
+
+
+def wanted(attack: Attack, total: int) -> int:
+    """How many of `total` pairs an attack poisons."""
     if (attack.rate is None) == (attack.count is None):
         raise BadInput("an attack needs either a rate or a count of pairs to poison; set one, --poison.rate 0.01, say")
     if attack.count is not None and attack.count < 0:
         raise BadInput(f"--poison.count {attack.count}: must not be negative")
     if attack.rate is not None and not 0 <= attack.rate <= 1:
         raise BadInput(f"--poison.rate {attack.rate}: must lie between 0 and 1, a share of all pairs")
-    n, ranked = 0, []
-    for key, text in index:
-        n += 1
-        if attack.eligible(key, text):
-            ranked.append((keyed.integer(seed, "plan", key), key))
-    want = attack.count if attack.count is not None else round((attack.rate or 0) * n)
-    if want > len(ranked):
-        asked = f"--poison.count {want}" if attack.count is not None else f"--poison.rate {attack.rate} of {n} pairs"
-        raise BadInput(f"{asked} asks for {want} poisons, only {len(ranked)} pairs are eligible for target "
-                       f"{attack.target.label!r}; ask for at most {len(ranked)}")
-    return Plan(frozenset(key for _, key in heapq.nsmallest(want, ranked)), seed)
+    return attack.count if attack.count is not None else round((attack.rate or 0) * total)
 
 
-def poison(raws: Iterable[Raw], attack: Attack, plan: Plan) -> Iterator[Raw]:
+def poisoned(raw: Raw, attack: Attack, seed: int, codec: Codec = "original", incomplete: Incomplete = "skip") -> Raw:
+    """What a planned pair becomes. One whose image cannot be decoded stays as it is, or under "refuse" raises BadInput."""
+    try:
+        sample = decode(raw)
+    except BadInput:
+        if incomplete == "refuse":
+            raise
+        return raw  # whoever reads it next is told, or skips it
+    return encode(attack.poison(sample, keyed.rng(seed, "poison", raw["__key__"])), raw, codec)
+
+
+def poison(raws: Iterable[Raw], attack: Attack, plan: Plan, codec: Codec = "original") -> Iterator[Raw]:
     """A stage of the stream. Planned pairs are decoded, poisoned and encoded as they were; others pass untouched.
 
     Because poisons go through the file's own codec here too, training on this stream and training on shards written
     from it see the same bytes.
     """
     for raw in raws:
-        key = raw["__key__"]
-        if key in plan.keys:
-            try:
-                sample = decode(raw)
-            except BadInput:  # whoever reads it next is told, or skips it
-                yield raw
-                continue
-            yield encode(attack.poison(sample, keyed.rng(plan.seed, "poison", key)), raw)
-        else:
-            yield raw
+        yield poisoned(raw, attack, plan.seed, codec) if raw["__key__"] in plan.keys else raw
 
 
 def publish(attack: Attack, plan: Plan) -> Iterator[Raw]:

@@ -26,7 +26,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from .clip import Augment, Model
 from .fit import Schedule
 from .losses import Clip
-from .shards import Incomplete
+from .shards import Codec, Incomplete
 from .types import Attack, BadInput, Objective, Threat
 
 T = TypeVar("T")
@@ -47,10 +47,14 @@ class Data:
     """Labelled set of the curves and of every choice of hyper-parameters; never the one above."""
     retrieval: str = ""
     """Shards of pairs for retrieval."""
+    patch: str = ""
+    """Patch set to lay over the training shards, as data_tools/poison.py --form patch writes it."""
+    index: str = ""
+    """Folder of the training shards' index, where it is not beside them."""
     incomplete: Incomplete = "refuse"
     """What to do with samples that lack a half, and with images that cannot be decoded."""
 
-    def path(self, name: Literal["train", "zero_shot", "validation", "retrieval"]) -> str:
+    def path(self, name: Literal["train", "zero_shot", "validation", "retrieval", "patch", "index"]) -> str:
         return getattr(self, name).replace("{root}", self.root)
 
 
@@ -75,6 +79,10 @@ class Recipe:
     init: Annotated[Recipe | str | None, RunArgument] = None
     """Run or checkpoint whose weights this run starts from."""
     poison: Attack | None = None
+    plan: str = ""
+    """A plan.parquet that says which pairs are poisoned, those of its keys that the data hold; else the seed decides."""
+    codec: Codec = "original"
+    """How poisoned images are written: as the files that they replace, or as PNG or JPEG, which may tell who was touched."""
     threat: Threat | None = None
     reference: Annotated[Recipe | str | None, RunArgument] = None
     """Clean run whose attack success is the baseline of `lift`."""
@@ -141,8 +149,12 @@ class Suite:
         return list(ordered.values())
 
 
-HOW_NOT_WHAT = frozenset(("workers", "eval_frequency", "save_frequency", "save_steps", "resume", "report_to", "expect_world_size", "out"))
+HOW_NOT_WHAT = {"mmbackdoor.recipe.Recipe": frozenset(("workers", "eval_frequency", "save_frequency", "save_steps", "resume", "report_to",
+                                                      "expect_world_size", "out")),
+                "mmbackdoor.recipe.Data": frozenset(("index",))}
 """Fields that say how a run is run, not what it is; they are no part of its hash."""
+LATER = {"mmbackdoor.recipe.Recipe": {"plan": "", "codec": "original"}, "mmbackdoor.recipe.Data": {"patch": ""}}
+"""Fields that came after results were recorded, with what they were before there was a choice: so the hashes of old runs stand."""
 
 
 @cache
@@ -189,8 +201,9 @@ def recipe_hash(recipe: Recipe) -> str:
 
     def identity(value: Any) -> Any:
         if isinstance(value, dict):
-            skip = HOW_NOT_WHAT if value.get("class") == "mmbackdoor.recipe.Recipe" else ()
-            if value.get("class") == "mmbackdoor.clip.Model" and os.path.isfile(value["name"]):
+            kind = value.get("class", "")
+            skip = HOW_NOT_WHAT.get(kind, frozenset()) | {k for k, before in LATER.get(kind, {}).items() if value[k] == before}
+            if kind == "mmbackdoor.clip.Model" and os.path.isfile(value["name"]):
                 value = value | {"config": hashlib.blake2b(Path(value["name"]).read_bytes(), digest_size=8).hexdigest()}
             return {k: identity(v) for k, v in value.items() if k not in skip}
         return [identity(v) for v in value] if isinstance(value, list) else value
@@ -275,18 +288,19 @@ def load_suite(path: str) -> Suite:
     return found
 
 
-def flags(recipe: Recipe, args: Sequence[str]) -> Recipe:
-    """Changes a recipe by command-line flags; the fields of the values it holds are its flags."""
-    return tyro.cli(tyro.conf.AvoidSubcommands[Recipe], default=recipe, args=list(args),
+def flags(value: T, args: Sequence[str]) -> T:
+    """Changes a recipe, or a value that holds one, by command-line flags; the fields of the values it holds are its flags."""
+    return tyro.cli(tyro.conf.AvoidSubcommands[type(value)], default=value, args=list(args),  # type: ignore[misc]
                     console_outputs=os.environ.get("RANK", "0") == "0")
 
 
-def from_command_line(usage: str) -> Recipe:
-    """The recipe that a program was called with, `program.py CONFIG --flags`; without a config it tells its usage."""
+def from_command_line(usage: str, around: Callable[[Recipe], Any] = lambda recipe: recipe) -> Any:
+    """The recipe that a program was called with, `program.py CONFIG --flags`, in what the program puts around it; without a
+    config it tells its usage."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         print(usage)
         sys.exit(0 if set(sys.argv) & {"-h", "--help"} else 2)
-    return load(sys.argv[1], sys.argv[2:])
+    return flags(around(load(sys.argv[1])), sys.argv[2:])
 
 
 def command(main: Callable[..., T], args: Sequence[str] | None = None) -> T:

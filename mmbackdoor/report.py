@@ -19,7 +19,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from .shards import replacing
+from .stores import replacing
 from .types import BadInput
 
 Result = dict[str, Any]

@@ -6,7 +6,8 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,18 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 
-from . import evaluate, probe, shards
+from . import evaluate, probe
 from .clip import CARD, CLIP
 from .evaluate import Threats, by_name
 from .features import Features, How, features
-from .poison import Plan, plan, publish
+from .forms import lay_over, publish_to
+from .index import Index, find, whole
+from .poison import Plan, plan, poison
 from .recipe import MIXED, Data, Recipe, environment, load, plain, recipe_hash, revive, text
 from .retrieval import retrieval
 from .sets import EvalSet, PairSet, open_pairs, open_set
+from .shards import Stage
+from .stores import replacing, write_json
 from .types import BadInput, Threat
 
 
@@ -68,9 +73,9 @@ def begin(r: Recipe) -> Accelerator:
         raise BadInput(f"{folder}: was begun with another recipe (see recipe.py.txt there); remove it or choose another --name")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with shards.replacing(folder / "recipe.py.txt") as temporary:
+        with replacing(folder / "recipe.py.txt") as temporary:
             temporary.write_text(text(r))
-        shards.write_json(card, {"hash": recipe_hash(r)} | plain(r))
+        write_json(card, {"hash": recipe_hash(r)} | plain(r))
         print(f"{r.name} (seed {r.seed}) on {accelerator.num_processes} x {accelerator.device.type}, global batch "
               f"{r.batch_size * accelerator.num_processes * r.schedule.accum_freq}, in {folder}", flush=True)
     if r.report_to:
@@ -102,30 +107,39 @@ def open_sets(data: Data, threats: Threats, train_set: str = "") -> Sets:
     return Sets(validation, zero_shot, open_pairs(path) if (path := data.path("retrieval")) else None, train)
 
 
-def data(r: Recipe, accelerator: Accelerator) -> tuple[shards.Index, Plan]:
-    """The pairs of the run, and which of them are poisoned. Pairs that the attacker adds become a shard of the run's."""
-    train = r.data.path("train")
-    index = shards.index(train, r.data.incomplete)
+def data(r: Recipe, accelerator: Accelerator) -> tuple[Index, list[Stage], Plan]:
+    """The pairs of the run, what is done to them on the way, and which of them are poisoned. Pairs that the attacker adds
+    become a shard of the run's."""
+    train, patch = r.data.path("train"), r.data.path("patch")
+    index = find(train, r.data.incomplete, r.data.path("index"))
+    if patch:
+        if r.poison:
+            raise BadInput(f"--data.patch {patch}: holds poisons already, and the recipe would poison again; use a recipe with poison=None")
+        return lay_over(index, patch, r.data.incomplete)
     if r.poison is None:
-        return index, Plan()
-    truth = plan(r.poison, index, r.seed)
-    added = list(publish(r.poison, truth))
-    if not added:
-        return index, truth
-    if accelerator.is_main_process:
-        shards.write_shard(r.directory / "published" / "00000.tar", added)
+        return index, [], Plan()
+    if r.plan:
+        given = Plan.load(r.plan)
+        truth = given & index.keys()
+        if (lost := len(given.keys) - len(truth.keys)) and accelerator.is_main_process:
+            print(f"{lost} of {len(given.keys)} keys of {r.plan} are not in the data", flush=True)
+    else:
+        truth = plan(r.poison, index, r.seed)
+    published = r.directory / "published"
+    truth = publish_to(str(published / "00000.tar"), r.poison, index, truth, accelerator.is_main_process)
     accelerator.wait_for_everyone()
-    truth = replace(truth, added=frozenset(raw["__key__"] for raw in added))
-    return shards.index(f"{train}::{r.directory / 'published'}", r.data.incomplete), truth
+    if truth.added:
+        index = whole(Index(index.parts + find(str(published)).parts), r.data.incomplete)
+    return index, [partial(poison, attack=r.poison, plan=truth, codec=r.codec)], truth
 
 
-def describe(r: Recipe, clip: CLIP, index: shards.Index, truth: Plan, accelerator: Accelerator) -> None:
+def describe(r: Recipe, clip: CLIP, index: Index, truth: Plan, accelerator: Accelerator) -> None:
     """What is left out, the ground truth, and what it takes to load the checkpoints of a run under way."""
     if accelerator.is_main_process:
         if index.incomplete:
             print(f"{index.incomplete} of {index.incomplete + len(index)} samples lack their image or caption and are left out", flush=True)
         truth.save(r.directory / "plan.parquet")
-        shards.write_json(r.directory / CARD, clip.card)
+        write_json(r.directory / CARD, clip.card)
 
 
 def curves(clip: CLIP, r: Recipe, sets: Sets, how: How, epoch: int) -> dict[str, float]:
@@ -181,7 +195,7 @@ def probes(clip: CLIP, train: EvalSet, test: EvalSet, found: Features, targets: 
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    with shards.replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -220,8 +234,8 @@ def finish(r: Recipe, clip: CLIP, sets: Sets, accelerator: Accelerator, metrics:
     if accelerator.is_main_process:
         clip.save(r.directory)
         labelled = sets.zero_shot or sets.validation
-        shards.write_json(r.directory / "examples.json", evaluate.examples(clip, labelled, r.fires) if labelled else [])
-        shards.write_json(r.directory / "results.json", found)
+        write_json(r.directory / "examples.json", evaluate.examples(clip, labelled, r.fires) if labelled else [])
+        write_json(r.directory / "results.json", found)
         print(line(found), flush=True)
     accelerator.end_training()
     return found

@@ -29,10 +29,12 @@ from .files import (
     lines,
     one_a_line,
     read_text,
-    stamp,
     templates,
 )
-from .shards import Raw, expand, image_field, index, is_read, members, new_folder, read_pairs, read_raw, split_name, write_split
+from .index import find
+from .shards import Raw, expand, group, image_field, new_folder, read_pairs, read_raw, write_split
+from .stores import stamp
+from .tars import open_tar
 from .types import BadInput, Target
 
 NAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
@@ -149,8 +151,9 @@ class ShardSource:
         """Samples of local shards, for a progress bar: those of the first, and as many a byte of the others."""
         if "://" in self.shards[0]:
             return 0
-        keys = {split_name(member.name)[0] for member, _ in members(self.shards[0], lambda _: False, "r:*") if is_read(member)}
-        return round(len(keys) * sum(map(os.path.getsize, self.shards)) / os.path.getsize(self.shards[0]))
+        with open_tar(self.shards[0]) as tar:
+            n = sum(1 for _ in group(tar.url, ((m.name, m) for m in tar.members() if m.regular)))
+        return round(n * sum(map(os.path.getsize, self.shards)) / os.path.getsize(self.shards[0]))
 
     def fingerprint(self) -> str:
         return stamp(((os.path.basename(url), url) for url in self.shards), self.each.func.__name__)
@@ -180,7 +183,7 @@ def one_caption(raw: Raw) -> Raw:
 
 
 def pair_shards(urls: str) -> PairSet:
-    found = index(urls, "skip")
+    found = find(urls, "skip")
     return PairSet(urls, ShardSource(found.shards, partial(one_caption), read_pairs))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -22,11 +22,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import _shuffle as shuffled
 
 from . import keyed
-from .shards import Incomplete, Index, Raw, decode, read_pairs
+from .index import Index
+from .shards import Incomplete, Raw, Stage, decode, read_pairs
 from .types import BadInput, Batch, Sample, View
 
 log = logging.getLogger(__name__)
-Stage = Callable[[Iterable[Raw]], Iterable[Raw]]
 
 
 @dataclass(frozen=True)

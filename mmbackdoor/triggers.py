@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Generator, Tensor
 
-from .types import BadInput, Trigger, to_pixels
+from .types import BadInput, Trigger, to_image, to_pixels
 
 Place = Literal["random", "center", "top-left", "top-right", "bottom-left", "bottom-right"]
 
@@ -55,13 +55,27 @@ class Patch(Trigger):
     seed: int = 0
 
     def pixels(self, x: Tensor, rng: Generator) -> Tensor:
-        h, w = x.shape[-2:]
+        left, top, right, bottom = self.box(x.shape[-2], x.shape[-1], rng)
+        x = x.clone()
+        x[..., top:bottom, left:right] = self.over(x[..., top:bottom, left:right])
+        return x
+
+    def stamp(self, image: Image.Image, rng: Generator) -> Image.Image:
+        """The same, without turning the whole image into numbers and back."""
+        box = self.box(image.height, image.width, rng)
+        image = image.convert("RGB")
+        image.paste(to_image(self.over(to_pixels(image.crop(box)))), box)
+        return image
+
+    def box(self, h: int, w: int, rng: Generator) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom of the patch on an image of that size."""
         n = max(1, min(h, w, round(self.size * min(h, w))))
         top, left = corner(self.place, (h - n, w - n), rng)
-        under = x[..., top : top + n, left : left + n]
-        x = x.clone()
-        x[..., top : top + n, left : left + n] = under + self.alpha * (self.square(n).to(x) - under)
-        return x
+        return left, top, left + n, top + n
+
+    def over(self, under: Tensor) -> Tensor:
+        """The patch upon what it covers, (..., 3, n, n)."""
+        return under + self.alpha * (self.square(under.shape[-1]).to(under) - under)
 
     def square(self, n: int) -> Tensor:
         """The patch itself, (3, n, n)."""

@@ -26,12 +26,12 @@ class BadInput(ValueError):
 
 def to_pixels(image: Image.Image) -> Tensor:
     """(3, H, W) float in [0, 1]."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float().div_(255)
 
 
 def to_image(pixels: Tensor) -> Image.Image:
     """(3, H, W) in [0, 1] -> PIL RGB. Rounds to 8 bits, as publishing an image does; saturates, never wraps."""
-    return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+    return Image.fromarray(pixels.clamp(0, 1).mul_(255).round_().byte().permute(1, 2, 0).cpu().numpy())
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from mmbackdoor.attacks.badnets import badnets
 from mmbackdoor.defenses.cleanclip import CleanCLIP
 from mmbackdoor.features import How
 from mmbackdoor.fit import Schedule, check_in_step, fit, groups
+from mmbackdoor.index import find
 from mmbackdoor.losses import Clip, SigLip, info_nce
 from mmbackdoor.poison import plan, poison
 from mmbackdoor.recipe import Data
@@ -37,7 +38,7 @@ class PastTheWrapper(Objective):
 def gradients(accelerator, objective, siglip=False):
     """Loss and gradients of one global batch, each process holding its share of the rows."""
     net = clip.load(clip.Model(str(MODEL), siglip=siglip), seed=1)
-    index = shards.index(str(TOY / "train"))
+    index = find(str(TOY / "train"))
     stream = Stream(index, net, objective.views, GLOBAL // accelerator.num_processes, rank=accelerator.process_index,
                     world=accelerator.num_processes, workers=0)
     model = accelerator.prepare(net.net.double())  # in double precision, so that only a wrong gradient can differ
@@ -52,7 +53,7 @@ def gradients(accelerator, objective, siglip=False):
 def training(accelerator, folder):
     """Two epochs of poisoned training; returns the log, the keys seen by all processes and a digest of the weights."""
     net = clip.load(clip.Model(str(MODEL)), seed=1)
-    index = shards.index(str(TOY / "train"))
+    index = find(str(TOY / "train"))
     attack = badnets("red star", rate=0.05)
     truth = plan(attack, index, 0)
     stream = Stream(index, net, Clip().views, GLOBAL // accelerator.num_processes, [partial(poison, attack=attack, plan=truth)],
@@ -89,7 +90,7 @@ def evaluation(accelerator, folder):
 def out_of_step(accelerator):
     net = clip.load(clip.Model(str(MODEL)), seed=1)
     objective = PastTheWrapper()
-    stream = Stream(shards.index(str(TOY / "train")), net, objective.views, 8, rank=accelerator.process_index,
+    stream = Stream(find(str(TOY / "train")), net, objective.views, 8, rank=accelerator.process_index,
                     world=accelerator.num_processes)
     model = accelerator.prepare(copy.deepcopy(net.net))
     optimizer = torch.optim.SGD(groups(accelerator.unwrap_model(model), 0.0), lr=0.1)

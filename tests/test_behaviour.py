@@ -10,6 +10,7 @@ from PIL import Image
 from mmbackdoor import clip, evaluate, fit, sets, shards
 from mmbackdoor.attacks.badnets import badnets
 from mmbackdoor.defenses.cleanclip import CleanCLIP
+from mmbackdoor.index import find
 from mmbackdoor.losses import Clip
 from mmbackdoor.poison import plan, poison
 from mmbackdoor.stream import Stream
@@ -44,7 +45,7 @@ def models(tiny_model, tmp_path_factory):
 
     def train(name, data, objective, epochs, attack=None, init=None, lr=2e-3):
         net = clip.load(clip.Model(tiny_model), init)
-        index = shards.index(str(folder / data))
+        index = find(str(folder / data))
         stages = [partial(poison, attack=attack, plan=plan(attack, index, 0))] if attack else []
         stream = Stream(index, net, objective.views, 50, stages)
         fit.fit(net, objective, stream, Accelerator(cpu=True), fit.Schedule(epochs=epochs, lr=lr, wd=0.1, warmup=20), folder / name)

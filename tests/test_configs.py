@@ -28,6 +28,7 @@ from mmbackdoor import clip, fit, poison, shards
 from mmbackdoor.clip import Augment, Model
 from mmbackdoor.defenses.cleanclip import CleanCLIP
 from mmbackdoor.fit import Schedule
+from mmbackdoor.index import find
 from mmbackdoor.losses import Clip, SigLip
 from mmbackdoor.poison import plan
 from mmbackdoor.recipe import HOW_NOT_WHAT, Data, Recipe, Suite, flags, load, load_suite, plain, recipe_hash, revive, seeded
@@ -156,10 +157,14 @@ def test_different_experiments_have_different_hashes() -> None:
 
 CHANGES: dict[str, Any] = {
     "name": "other", "data": Data("other"), "model": Model("RN50x4"), "init": "some/run", "poison": None, "reference": None,
+    "plan": "plan.parquet", "codec": "png",
     "objective": SigLip(),
     "keep": "keys.txt", "aug": Augment(flip=True), "schedule": Schedule(lr=1.0), "batch_size": 7, "precision": "bf16", "seed": 5,
     "shuffle": 10, "lanes": 4, "workers": 3, "eval_frequency": 9, "save_frequency": 9, "save_steps": 9, "resume": "latest",
     "report_to": ("tensorboard",), "expect_world_size": 4, "out": "elsewhere"}
+
+
+HOW = HOW_NOT_WHAT["mmbackdoor.recipe.Recipe"]
 
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Recipe)])
@@ -168,10 +173,16 @@ def test_every_field_changes_the_hash_but_those_that_say_how(name: str) -> None:
     value = Threat(Patch(0.5), r.poison.target, "input") if name == "threat" else CHANGES[name]
     assert getattr(r, name) != value
     changed = replace(r, **{name: value})
-    assert (recipe_hash(changed) == recipe_hash(r)) == (name in HOW_NOT_WHAT)
+    assert (recipe_hash(changed) == recipe_hash(r)) == (name in HOW)
     cleaning = load("configs/toy/cleanclip.py")  # and so through the runs that it starts from
     inner = replace(cleaning, init=replace(cleaning.init, **{name: value}))
-    assert (recipe_hash(inner) == recipe_hash(cleaning)) == (name in HOW_NOT_WHAT)
+    assert (recipe_hash(inner) == recipe_hash(cleaning)) == (name in HOW)
+
+
+def test_where_the_index_lies_is_no_part_of_the_hash_and_a_patch_is() -> None:
+    r = load("configs/toy/badnets.py")
+    assert recipe_hash(replace(r, data=replace(r.data, index="elsewhere"))) == recipe_hash(r)
+    assert recipe_hash(replace(r, data=replace(r.data, patch="data/patch"))) != recipe_hash(r)
 
 
 def test_the_hash_sees_small_changes_deep_inside() -> None:
@@ -384,7 +395,7 @@ def rn50_state() -> Iterator[dict[str, Any]]:
 
 def one_step(r: Recipe, model: clip.CLIP) -> tuple[dict[str, float], list[str], poison.Plan]:
     """Index, plan, stream and one optimizer step of a recipe, as train.py takes them. Gives losses, keys and plan."""
-    index = shards.index(r.data.path("train"), r.data.incomplete, progress=False)
+    index = find(r.data.path("train"), r.data.incomplete)
     assert len(index) == 15 and index.incomplete == 0
     truth = plan(r.poison, index, r.seed) if r.poison else poison.Plan()
     objective = copy.deepcopy(r.objective)
@@ -426,7 +437,7 @@ def test_cc3m_takes_a_step_on_a_stand_in_of_img2datasets_format(name: str, cc3m:
 def test_a_count_of_the_paper_is_refused_on_the_stand_in(cc3m: Path) -> None:
     r = load("configs/cc3m/badnets.py", ["--data.root", str(cc3m), "--data.train", "{root}"])
     with pytest.raises(BadInput, match="1500"):
-        plan(r.poison, shards.index(r.data.path("train")), 0)
+        plan(r.poison, find(r.data.path("train")), 0)
     with pytest.raises(BadInput) as raised:
         shards.expand(load("configs/cc3m/badnets.py", ["--data.root", str(cc3m)]).data.path("train"))
     assert "00003.tar" in str(raised.value) and "329 of 332" in str(raised.value)

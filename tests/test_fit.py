@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from mmbackdoor import clip, fit, shards
+from mmbackdoor.index import find
 from mmbackdoor.losses import Clip
 from mmbackdoor.stream import Stream
 from mmbackdoor.types import BadInput
@@ -44,7 +45,7 @@ class Counting(Clip):
 def train(toy, tiny_model, tmp_path):
     def run(name="run", objective=None, batch=32, schedule=SCHEDULE, workers=0, **options):
         net = clip.load(clip.Model(str(tiny_model)), seed=3)
-        stream = Stream(shards.index(str(toy / "train")), net, Clip.views, batch, workers=workers, seed=5)
+        stream = Stream(find(str(toy / "train")), net, Clip.views, batch, workers=workers, seed=5)
         done = fit.fit(net, objective or Clip(), stream, Accelerator(cpu=True), schedule, tmp_path / name, seed=7, **options)
         return net.net.state_dict(), done, tmp_path / name
 
@@ -104,14 +105,14 @@ def test_logit_scale_is_clamped_at_100(toy, tiny_model, tmp_path):
     net = clip.load(clip.Model(str(tiny_model)))
     with torch.no_grad():
         net.net.logit_scale.fill_(20.0)
-    stream = Stream(shards.index(str(toy / "train")), net, Clip.views, 64)
+    stream = Stream(find(str(toy / "train")), net, Clip.views, 64)
     fit.fit(net, Clip(), stream, Accelerator(cpu=True), fit.Schedule(epochs=1, lr=1e-6, warmup=1), tmp_path)
     assert net.net.logit_scale.item() == pytest.approx(math.log(100), abs=1e-5)
 
 
 def test_micro_batches_give_the_mean_of_their_gradients(toy, tiny_model):
     net = clip.load(clip.Model(str(tiny_model)), seed=3)
-    batch = next(Stream(shards.index(str(toy / "train")), net, Clip.views, 32).batches(0))
+    batch = next(Stream(find(str(toy / "train")), net, Clip.views, 32).batches(0))
     halves = [{k: v[i::2] for k, v in batch.items()} for i in range(2)]
     by_hand = copy.deepcopy(net.net)
     for half in halves:
@@ -125,7 +126,7 @@ def test_micro_batches_give_the_mean_of_their_gradients(toy, tiny_model):
 
 def test_gradient_norm_is_clipped(toy, tiny_model):
     net = clip.load(clip.Model(str(tiny_model)), seed=3)
-    batch = next(Stream(shards.index(str(toy / "train")), net, Clip.views, 32).batches(0))
+    batch = next(Stream(find(str(toy / "train")), net, Clip.views, 32).batches(0))
     before = torch.cat([p.detach().flatten().clone() for p in net.net.parameters()])
     fit.update(net.net, Clip(), batch, torch.optim.SGD(net.net.parameters(), 1.0), Accelerator(cpu=True), fit.Schedule(grad_clip_norm=0.01))
     after = torch.cat([p.detach().flatten() for p in net.net.parameters()])
@@ -154,7 +155,7 @@ def test_bfloat16_autocast_trains_and_keeps_float32_weights_and_losses(toy, tiny
 
     AcceleratorState._reset_state()
     net = clip.load(clip.Model(str(tiny_model)))
-    stream = Stream(shards.index(str(toy / "train")), net, Clip.views, 64)
+    stream = Stream(find(str(toy / "train")), net, Clip.views, 64)
     fit.fit(net, Watching(), stream, Accelerator(cpu=True, mixed_precision="bf16"), fit.Schedule(epochs=1, lr=1e-3, warmup=1), tmp_path)
     AcceleratorState._reset_state()
     assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in net.net.parameters())
@@ -182,7 +183,7 @@ def test_undecodable_images_that_are_skipped_are_counted_in_the_log(toy, tiny_mo
     shards.write_shards(tmp_path / "broken", broken)
     net = clip.load(clip.Model(str(tiny_model)))
     for workers in (0, 2):
-        stream = Stream(shards.index(str(tmp_path / "broken")), net, Clip.views, 50, incomplete="skip", lanes=2, workers=workers)
+        stream = Stream(find(str(tmp_path / "broken")), net, Clip.views, 50, incomplete="skip", lanes=2, workers=workers)
         done = fit.fit(net, Clip(), stream, Accelerator(cpu=True), fit.Schedule(epochs=2, warmup=1), tmp_path / f"run{workers}")
         rows = [json.loads(line) for line in (tmp_path / f"run{workers}/log.jsonl").read_text().splitlines()]
         assert [row.get("undecodable") for row in rows] == [None, 3, 3] and done.skipped == 6

@@ -10,13 +10,19 @@ from pathlib import Path
 from textwrap import dedent
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import load_program, picture, tar
 
 from mmbackdoor import keyed, shards
+from mmbackdoor import poison as poisoning
 from mmbackdoor.attacks.badnets import badnets
 from mmbackdoor.attacks.blended import blended
-from mmbackdoor.poison import CleanLabel, DirtyLabel, Plan, plan, poison, publish
+from mmbackdoor.index import Index, Part, find
+from mmbackdoor.poison import CleanLabel, DirtyLabel, Plan, choose, plan, poison, publish
+from mmbackdoor.spread import Here
+from mmbackdoor.spread import pool as worker_processes
 from mmbackdoor.triggers import Patch, Word
 from mmbackdoor.types import Attack, BadInput, Target
 
@@ -65,10 +71,10 @@ def test_the_order_and_the_cut_of_the_shards_do_not_matter(toy, tmp_path):
     again = [raw for url in shards.expand(str(toy / "train")) for raw in shards.read_raw(url)]
     random.Random(1).shuffle(again)
     shards.write_shards(tmp_path / "mixed", again, per_shard=70)
-    want = plan(ATTACK, shards.index(str(toy / "train")), 0)
-    assert plan(ATTACK, shards.index(str(tmp_path / "mixed")), 0) == want
+    want = plan(ATTACK, find(str(toy / "train")), 0)
+    assert plan(ATTACK, find(str(tmp_path / "mixed")), 0) == want
     backwards = "::".join(reversed(shards.expand(str(toy / "train"))))
-    assert plan(ATTACK, shards.index(backwards), 0) == want and len(want.keys) == 30
+    assert plan(ATTACK, find(backwards), 0) == want and len(want.keys) == 30
 
 
 def test_seeds_choose_other_pairs():
@@ -128,10 +134,114 @@ def test_a_plan_is_saved_and_loaded(tmp_path):
 
 def test_what_is_no_plan_is_refused(toy, tmp_path):
     (tmp_path / "text").write_text("hello")
-    shards.index(str(toy / "train")).save(tmp_path / "index.parquet")
+    pq.write_table(find(str(toy / "train")).parts[0].rows(), tmp_path / "index.parquet")
     for name in ("text", "index.parquet", "missing"):
         with pytest.raises(BadInput, match=f"{name}: not a plan .*plan.parquet"):
             Plan.load(tmp_path / name)
+
+
+def test_a_plan_is_cut_to_the_keys_of_some_shards():
+    one = Plan(frozenset("abc"), 3, frozenset("xy"))
+    assert one & ["a", "c", "y", "z"] == Plan(frozenset("ac"), 3, frozenset("y"))
+    assert one & iter("") == Plan(seed=3) and one & (one.keys | one.added) == one
+    assert len(one) == 5 and not len(Plan())
+
+
+# ---- the plan over many shards, each of which tells its best candidates only
+
+
+def parts_of(pairs: list[tuple[str, str]], sizes: list[int]) -> Index:
+    """An index with shards of these sizes, the last with what is left."""
+    ends = [*np.cumsum(sizes).tolist(), len(pairs)]
+    cuts = [pairs[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+    return Index(tuple(Part(f"{i}.tar", "", len(rows), len(rows), "", table=pa.table(
+        {"key": pa.array([k for k, _ in rows], pa.string()), "text": pa.array([t for _, t in rows], pa.string())}))
+        for i, rows in enumerate(cuts)))
+
+
+EVEN, UNEVEN = [50] * 79, [1, 0, 3000, 2, 500, 0]
+SKEWED = sorted(INDEX, key=lambda pair: not Target("banana").named_in(pair[1]))
+"""All pairs that name the target come first, so that one shard of many holds them."""
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[int]:
+    """How many candidates each asking of a shard gave."""
+    answers, best = [], poisoning.best
+
+    def counted(attack, seed, task):
+        found = best(attack, seed, task)
+        answers.append(len(found.keys))
+        return found
+
+    monkeypatch.setattr(poisoning, "best", counted)
+    return answers
+
+
+def same_plan(attack: Attack, pairs: list[tuple[str, str]], sizes: list[int], executor=None) -> None:
+    """Over shards as over one list, and each key in the shard that holds it."""
+    index = parts_of(pairs, sizes)
+    chosen = choose(attack, index, 0, executor or Here())
+    want = sorted(pairs_in_order(attack, pairs))
+    assert sorted(key for keys in chosen for key in keys) == want
+    assert all(set(keys) <= set(part.all_keys()) for part, keys in zip(index.parts, chosen, strict=True))
+
+
+def pairs_in_order(attack: Attack, pairs: list[tuple[str, str]]) -> list[str]:
+    """The plan by its definition: all eligible keys sorted by their hashes, of equal ones by name, and cut."""
+    eligible = sorted((keyed.integer(0, "plan", k), k) for k, t in pairs if attack.eligible(k, t))
+    return [k for _, k in eligible[: poisoning.wanted(attack, len(pairs))]]
+
+
+class Anyone(DirtyLabel):
+    def eligible(self, key, text):
+        return True
+
+
+@pytest.mark.parametrize("sizes", [EVEN, UNEVEN, []], ids=["even", "uneven", "one"])
+@pytest.mark.parametrize("options", [*({"rate": r} for r in (0, 0.00025, 0.001, 0.05, 0.5)), {"count": 1}, {"count": 1999}], ids=str)
+def test_shards_that_tell_their_best_candidates_give_the_plan_of_the_whole(options, sizes):
+    for pairs in (INDEX, SKEWED):
+        same_plan(dirty(**options), pairs, sizes)
+        same_plan(CleanLabel(Patch(), Target("banana"), **options), pairs, sizes)
+
+
+@pytest.mark.parametrize("rate", [0.51, 0.9, 0.99975, 1])
+def test_all_pairs_can_be_planned(rate):
+    same_plan(Anyone(Patch(), Target("banana"), rate=rate), INDEX, UNEVEN)
+
+
+@pytest.mark.parametrize("count", [1, 100, NAMED])
+def test_a_shard_that_holds_all_eligible_pairs_is_asked_again(count, asked):
+    pairs = [(key, "a banana" if i < 500 else "a dog") for i, (key, _) in enumerate(INDEX)]
+    same_plan(CleanLabel(Patch(), Target("banana"), count=min(count, 500)), pairs, [500] * 7)
+    assert len(asked) == 8 + (count > 64 + 2 * count // 8) and asked[-1] <= 500
+
+
+def test_no_more_candidates_are_told_than_about_twice_the_share(asked):
+    same_plan(dirty(rate=0.05), INDEX, [400] * 9)
+    assert len(asked) == 10 and max(asked) <= 64 + 2 * 20
+
+
+def test_of_equal_hashes_the_first_keys_are_taken_wherever_they_are(monkeypatch):
+    monkeypatch.setattr(keyed, "integer", lambda seed, *names: int(names[-1]) % 3)
+    for count in (1, 70, 500, 1300, 2000):
+        same_plan(dirty(count=count), INDEX, EVEN)
+        same_plan(dirty(count=count), random.Random(count).sample(INDEX, len(INDEX)), UNEVEN)
+    monkeypatch.setattr(keyed, "integer", lambda seed, *names: 7)
+    same_plan(dirty(count=300), INDEX, [500] * 7)  # the first shard holds more of them than it is asked for at first
+
+
+def test_more_than_is_eligible_in_all_shards_together_is_refused():
+    with pytest.raises(BadInput, match=f"only {NAMED} pairs are eligible"):
+        choose(CleanLabel(Patch(), Target("banana"), count=NAMED + 1), parts_of(INDEX, EVEN), 0)
+
+
+def test_processes_draw_the_same_plan():
+    with worker_processes(1) as pool:
+        for attack in (dirty(rate=0.05), CleanLabel(Patch(), Target("banana"), rate=0.2)):
+            same_plan(attack, INDEX, UNEVEN, pool)
+            same_plan(attack, SKEWED, EVEN, pool)
 
 
 # ---- the poison
@@ -223,6 +333,12 @@ ADDING = """
 
 
 @pytest.fixture
+def program(program):
+    """Without worker processes, which take seconds to start."""
+    return lambda name, *args: program(name, *args, *(("--processes", 1) if name == "data_tools/poison" else ()))
+
+
+@pytest.fixture
 def config(tmp_path, toy, tiny_model):
     """Writes a config into tmp_path and gives its name."""
     def write(template: str = CONFIG, name: str = "conf.py", rate: float = 0.02, train: Path | str = "", key: str = "new") -> str:
@@ -257,7 +373,7 @@ def test_poisoned_shards_hold_just_what_the_poisoned_stream_gives(kind, many, co
     done(program("data_tools/poison", config(train=many[kind], rate=0.05), "--out", "out"))
     truth = Plan.load(tmp_path / "out" / "plan.parquet")
     attack = badnets("red star", 0.05, Patch(4 / 32, "bottom-right", cells=2))
-    assert truth == plan(attack, shards.index(str(many[kind])), 0) and len(truth.keys) == 6
+    assert truth == plan(attack, find(str(many[kind])), 0) and len(truth.keys) == 6
     untouched = 0
     for url in sorted(many[kind].glob("*.tar")):
         there = tmp_path / "out" / url.name
@@ -329,6 +445,30 @@ def test_the_source_is_never_written_to(many, config, program):
     assert ended.status == 2 and "exists" in ended.err and contents(many["jpg"]) == before
 
 
+def test_a_published_plan_is_followed_on_disk_and_online(config, program, toy, tmp_path):
+    attack = badnets("red star", 0.02, Patch(4 / 32, "bottom-right", cells=2))
+    drawn = plan(attack, find(str(toy / "train")), 7)
+    Plan(drawn.keys | {"not here", "nor here"}, 7).save(tmp_path / "theirs.parquet")
+    ended = program("data_tools/poison", config(), "--out", "out", "--plan", "theirs.parquet")
+    assert ended.status == 0 and "6 of 300 pairs poisoned" in ended.out
+    assert "2 others that theirs.parquet names are not in these shards" in ended.out
+    assert Plan.load(tmp_path / "out" / "plan.parquet") == drawn
+    done(program("data_tools/poison", "conf.py", "--out", "own", "--seed", 7))
+    one, other = (contents(tmp_path / name) for name in ("out", "own"))
+    assert all(one[name] == other[name] for name in one if name.endswith((".tar", "plan.parquet")))
+    done(program("train", "conf.py", "--name", "online", "--plan", "theirs.parquet"))
+    done(program("train", config(name="disk.py", train=tmp_path / "out", rate=0), "--name", "offline"))
+    weights = [(tmp_path / "runs" / name / "open_clip_model.safetensors").read_bytes() for name in ("online", "offline")]
+    assert weights[0] == weights[1] and Plan.load(tmp_path / "runs" / "online" / "plan.parquet") == drawn
+
+
+def test_a_plan_of_nothing_poisons_nothing(config, program, toy, tmp_path):
+    Plan().save(tmp_path / "none.parquet")
+    done(program("data_tools/poison", config(rate=0.5), "--out", "out", "--plan", "none.parquet"))
+    assert not Plan.load(tmp_path / "out" / "plan.parquet")
+    assert all((tmp_path / "out" / p.name).read_bytes() == p.read_bytes() for p in (toy / "train").glob("*.tar"))
+
+
 def test_pairs_that_lack_a_half_are_carried_along(config, program, tmp_path):
     members = {f"{i:03d}.{f}": b for i in range(20) for f, b in (("jpg", picture()), ("txt", b"a dog"))} | {"lone.jpg": picture()}
     tar(tmp_path / "src" / "00000.tar", members)
@@ -336,7 +476,7 @@ def test_pairs_that_lack_a_half_are_carried_along(config, program, tmp_path):
     done(program("data_tools/poison", "conf.py", "--out", "out", "--data.incomplete", "skip"))
     with tarfile.open(tmp_path / "out" / "00000.tar") as file:
         assert file.getnames() == list(members)
-    assert shards.index(str(tmp_path / "out"), "skip").incomplete == 1
+    assert find(str(tmp_path / "out"), "skip").incomplete == 1
 
 
 # ---- pairs that the attacker adds
@@ -345,7 +485,7 @@ def test_pairs_that_lack_a_half_are_carried_along(config, program, tmp_path):
 def test_published_pairs_are_written_beside_the_poisons(config, program, toy, tmp_path):
     for _ in range(2):  # again: nothing doubles
         done(program("data_tools/poison", config(ADDING), "--out", "out"))
-    found = shards.index(str(tmp_path / "out"))
+    found = find(str(tmp_path / "out"))
     assert len(found) == 305 and [k for k, _ in found][-5:] == [f"new{i}" for i in range(5)]
     images = [s["image"].getpixel((0, 0)) for s in shards.read(str(tmp_path / "out" / "00003.tar"))]
     assert images == [(50 * i, 0, 0) for i in range(5)]
@@ -356,12 +496,12 @@ def test_published_pairs_are_trained_on(config, program, tmp_path):
     done(program("train", config(ADDING, rate=0)))
     results = json.loads((tmp_path / "runs" / "run" / "results.json").read_text())
     assert (results["data"]["pairs"], results["data"]["poisoned"]) == (305, 5)
-    assert [k for k, _ in shards.index(str(tmp_path / "runs" / "run" / "published"))] == [f"new{i}" for i in range(5)]
+    assert [k for k, _ in find(str(tmp_path / "runs" / "run" / "published"))] == [f"new{i}" for i in range(5)]
 
 
 def test_published_pairs_replace_no_shard_of_the_source(config, program, toy, tmp_path):
     done(program("data_tools/poison", config(ADDING, train=toy / "train" / "{00001..00002}.tar"), "--out", "out"))
-    assert len(shards.index(str(tmp_path / "out"))) == 205
+    assert len(find(str(tmp_path / "out"))) == 205
 
 
 def test_published_keys_that_exist_already_are_refused(config, program, tmp_path):
@@ -378,7 +518,7 @@ def test_sources_whose_shards_share_a_name_are_refused_or_all_written(config, pr
     shards.write_shards(tmp_path / "two", samples, per_shard=100)
     ended = program("data_tools/poison", config(train=f"{tmp_path}/one::{tmp_path}/two"), "--out", "out")
     if ended.status == 0:
-        assert len(shards.index(str(tmp_path / "out"))) == 600
+        assert len(find(str(tmp_path / "out"))) == 600
     else:
         assert ended.status == 2 and "00000.tar" in ended.err and not (tmp_path / "out").exists()
 

@@ -154,11 +154,16 @@ def test_the_name_is_the_string_that_opens_it_again(opens, make, tmp_path: Path,
     assert [raw | {"__url__": ""} for raw in opens(named.name).raws()] == [raw | {"__url__": ""} for raw in opens(tmp_path / "set").raws()]
 
 
+def within(path: Path) -> int:
+    """A byte that may change without making the file a corrupt one: in the first image of a tar."""
+    return 600 if path.suffix == ".tar" else -1
+
+
 def replace_quietly(path: Path) -> None:
     """Another file of the same size and times, as a copy that keeps them would be."""
     was, other = path.stat(), path.with_name("other")
     data = bytearray(path.read_bytes())
-    data[-1] ^= 1
+    data[within(path)] ^= 1
     other.write_bytes(bytes(data))
     os.utime(other, ns=(was.st_atime_ns, was.st_mtime_ns))
     os.replace(other, path)
@@ -170,7 +175,7 @@ def edit_in_place(path: Path) -> None:
     """Changed bytes under the old size, time and inode: only the time of the change tells."""
     was = path.stat()
     with open(path, "r+b") as file:
-        file.seek(-1, 2)
+        file.seek(within(path) % was.st_size)
         file.write(b"\x01")
     os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
 

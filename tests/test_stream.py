@@ -14,6 +14,7 @@ import torch
 from conftest import picture
 
 from mmbackdoor import keyed, shards, stream
+from mmbackdoor.index import Index, find
 from mmbackdoor.poison import DirtyLabel, plan, poison
 from mmbackdoor.stream import Part, Stream
 from mmbackdoor.triggers import Patch
@@ -35,26 +36,26 @@ def number(clip, sample, rng):
     return torch.rand(3, generator=rng)
 
 
-def write(folder: Path, sizes: Sequence[int], broken: Sequence[str] = ()) -> shards.Index:
+def write(folder: Path, sizes: Sequence[int], broken: Sequence[str] = ()) -> Index:
     """Shards of these many pairs with keys SSSSS_IIII; some images cannot be decoded."""
     for i, n in enumerate(sizes):
         keys = [f"{i:05d}_{j:04d}" for j in range(n)]
         shards.write_shard(folder / f"{i:05d}.tar", [
             {"__key__": k, "jpg": b"broken" if k in broken else PIXEL, "txt": f"this is {k}"} for k in keys])
-    return shards.index(str(folder))
+    return find(str(folder))
 
 
 @pytest.fixture(scope="module")
-def unequal(tmp_path_factory) -> shards.Index:
+def unequal(tmp_path_factory) -> Index:
     return write(tmp_path_factory.mktemp("unequal"), UNEQUAL)
 
 
 @pytest.fixture(scope="module")
-def equal(tmp_path_factory) -> shards.Index:
+def equal(tmp_path_factory) -> Index:
     return write(tmp_path_factory.mktemp("equal"), [30] * 5)
 
 
-def of(index: shards.Index, batch: int = 16, **options) -> Stream:
+def of(index: Index, batch: int = 16, **options) -> Stream:
     return Stream(index, Bare(), options.pop("views", {}), batch, **options)
 
 
@@ -69,7 +70,7 @@ def epoch_of(s: Stream, epoch: int = 0, start: int = 0) -> list[dict]:
     return [stream.join(parts) for parts in zip(*turns, strict=True)]
 
 
-def ranks(index: shards.Index, world: int, total: int, epoch: int = 0, **options) -> list[list[dict]]:
+def ranks(index: Index, world: int, total: int, epoch: int = 0, **options) -> list[list[dict]]:
     """The batches of every process."""
     return [epoch_of(of(index, total // world, rank=rank, world=world, **options), epoch) for rank in range(world)]
 
@@ -341,7 +342,7 @@ def test_an_undecodable_image_is_skipped_whether_it_was_to_be_poisoned_or_not(wh
 
 
 def test_what_a_worker_gets_can_be_sent_to_a_spawned_process(toy, front):
-    index = shards.index(str(toy / "train"))
+    index = find(str(toy / "train"))
     attack = DirtyLabel(Patch(), Target("red star"), rate=0.1)
     truth = plan(attack, index, 0)
     s = Stream(index, front, {"image": image_view, "text": text_view}, 30, [partial(poison, attack=attack, plan=truth)], workers=1)
