@@ -1,84 +1,138 @@
-"""A contact sheet of shards: images and captions, or planned poisons before and after.
+"""A contact sheet of shards: images and captions, or planned poisons before and after and how much of them can be seen.
 
     python data_tools/peek.py SHARDS [--n 8] [--out sheet.png]
-    python data_tools/peek.py SHARDS --recipe configs/toy/badnets.py      before | after | difference x 10, captions
-    python data_tools/peek.py SHARDS --against POISONED                   the same from two shard sets
+    python data_tools/peek.py SHARDS --recipe configs/toy/badnets.py [--plan plan.parquet]   before | after | difference x 10
+    python data_tools/peek.py SHARDS --patch PATCHES                                         the same from a patch set
+    python data_tools/peek.py SHARDS --against POISONED [--plan POISONED/plan.parquet]       the same from two shard sets
+
+Samples come in the order of the shards. Where a plan says which, only those shown are read. Beneath each difference stand
+PSNR and SSIM; their means over the sheet are printed, or with --json all of its summary (null for an infinite PSNR).
 """
-from collections.abc import Iterator
+import random
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterable, Iterator
 from itertools import islice
+from json import dumps
 
 import tyro
 from matplotlib.figure import Figure
 from PIL import Image, ImageChops
 
+from mmbackdoor import forms, poison, shards, stealth, stores
 from mmbackdoor import recipe as recipes
-from mmbackdoor import shards
-from mmbackdoor.poison import plan, poison
+from mmbackdoor.index import Index, find
 from mmbackdoor.types import BadInput, Sample
 
-
-def poisoned(urls: str, recipe: str) -> Iterator[tuple[Sample, Sample]]:
-    """Planned pairs of a recipe, before and after."""
-    r = recipes.load(recipe)
-    if r.poison is None:
-        raise BadInput(f"{recipe}: its recipe poisons nothing; name one with poison=…")
-    index = shards.index(urls, "skip")
-    truth = plan(r.poison, index, r.seed)
-    for url in index.shards:
-        for raw in shards.read_pairs(url):
-            if raw["__key__"] in truth.keys:
-                after, = poison([raw], r.poison, truth)
-                yield shards.decode(raw), shards.decode(after)
+Row = tuple[shards.Raw, ...]
+Cell = tuple[Image.Image, str, str]  # an image, what stands above it, what beneath
 
 
-def changed(urls: str, against: str) -> Iterator[tuple[Sample, Sample]]:
-    """Pairs that differ between two shard sets of the same shards."""
-    for one, other in zip(shards.expand(urls), shards.expand(against), strict=False):
-        theirs = {raw["__key__"]: raw for raw in shards.read_pairs(other)}
-        for raw in shards.read_pairs(one):
-            new = theirs.get(raw["__key__"], raw)
-            if any(raw[f] != new.get(f) for f in raw if not f.startswith("__")):
-                yield shards.decode(raw), shards.decode(new)
+def samples(index: Index, keys: frozenset[str]) -> Iterator[shards.Raw]:
+    for part in index.parts:
+        if there := keys.intersection(part.all_keys()):
+            yield from part.raws(there)
 
 
-def cell(axes, image: Image.Image, title: str) -> None:
-    axes.imshow(image, interpolation="nearest" if max(image.size) < 100 else None)
-    axes.set_title(title, fontsize=7, wrap=True)
-    axes.axis("off")
+def versions(index: Index, against: str, keys: frozenset[str] | None) -> Iterator[Row]:
+    """Both versions of these samples, or of those that differ."""
+    theirs = {stores.name_of(part.shard): part for part in find(against, "skip").parts}
+    for part in index.parts:
+        other, here = theirs.get(stores.name_of(part.shard)), part.all_keys()
+        if other is None or other.all_keys() != here:
+            raise BadInput(f"{against}: has no shard of the same name and keys as {part.shard}; name another version of the same shards")
+        there = frozenset(here if keys is None else keys.intersection(here))
+        for one, two in zip(part.raws(there), other.raws(there), strict=True) if there else ():
+            if keys is not None or one != two | {"__url__": one["__url__"]}:
+                yield one, two
 
 
-def main(urls: tyro.conf.Positional[str], recipe: str = "", against: str = "", n: int = 8, out: str = "sheet.png") -> None:
+def changes(urls: str, recipe: str, plan: str, patch: str, against: str, n: int, seed: int | None, where: str) -> Iterator[Row]:
+    index, truth = find(urls, "skip", where), poison.Plan.load(plan) if plan else None
+
+    def chosen(plan: poison.Plan) -> frozenset[str]:
+        there = plan.keys.intersection(index.keys())
+        if plan.keys and not there:
+            raise BadInput(f"{urls}: holds none of the {len(plan.keys)} samples of the plan; name the shards that it was made from")
+        return there if seed is None else frozenset(random.Random(seed).sample(sorted(there), min(n, len(there))))
+
+    if against:
+        yield from versions(index, against, chosen(truth) if truth else None)
+    elif patch:
+        whole, overlay = forms.lay_over(index, patch, "skip")[2], forms.Overlay(patch)
+        yield from ((raw, next(overlay([raw]))) for raw in samples(index, chosen(whole & truth.keys if truth else whole)))
+    else:
+        r = recipes.load(recipe)
+        if (attack := r.poison) is None:
+            raise BadInput(f"{recipe}: its recipe poisons nothing; name one with poison=…")
+        truth = truth or (poison.Plan.load(r.plan) if r.plan else poison.plan(attack, index, r.seed))
+        yield from ((raw, poison.poisoned(raw, attack, truth.seed, r.codec)) for raw in samples(index, chosen(truth)))
+
+
+def decoded(rows: Iterable[Row]) -> Iterator[list[Sample]]:
+    for row in rows:
+        try:
+            yield [shards.decode(raw) for raw in row]
+        except BadInput as error:
+            print(f"not shown: {error}", file=sys.stderr)
+
+
+def cells(before: Sample, *after: Sample) -> Iterator[Cell]:
+    a = before["image"]
+    yield a, before["__key__"], before["text"]
+    for b, text in ((sample["image"], sample["text"]) for sample in after):
+        yield b, "after", text
+        if a.size == b.size:
+            numbers = f"PSNR {stealth.in_table(stealth.psnr(a, b))} dB, SSIM {stealth.in_table(stealth.ssim(a, b), 4)}"
+            yield ImageChops.difference(a, b).point(lambda v: min(255, 10 * v)), "difference x 10", numbers
+        else:
+            yield Image.new("RGB", a.size, "white"), "", f"another size: {a.width} x {a.height}, then {b.width} x {b.height}"
+
+
+def draw_sheet(shown: list[Cell], across: int, out: str) -> None:
+    down = -(-len(shown) // across)
+    figure = Figure(figsize=(2.5 * across, 2.3 * down), layout="tight")
+    for i, (image, above, beneath) in enumerate(shown):
+        axes = figure.add_subplot(down, across, i + 1, xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        axes.set_title(above[-40:], fontsize=7, parse_math=False)  # a caption may hold dollar signs
+        axes.set_xlabel(textwrap.fill(beneath if len(beneath) < 150 else beneath[:149] + "…", 36), fontsize=7, parse_math=False)
+        axes.imshow(image, interpolation="nearest" if max(image.size) < 100 else None)
+    with stores.replacing(out) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # what the font lacks, it draws as a box
+        figure.savefig(temporary, format="png", dpi=130)
+
+
+def main(urls: tyro.conf.Positional[str], recipe: str = "", plan: str = "", patch: str = "", against: str = "", n: int = 8,
+         seed: int | None = None, index: str = "", json: bool = False, out: str = "sheet.png") -> None:
     """Draws a contact sheet.
 
     Args:
         urls: Shards.
         recipe: Config whose attack is shown on the pairs that it plans.
+        plan: Plan to show instead of the recipe's own, or what to show of a patch set or of two shard sets.
+        patch: Patch set made from the shards.
         against: Other version of the same shards, to show the pairs that differ.
         n: Pairs to show.
+        seed: Choose them at random among those that are planned, instead of the first.
+        index: Folder of the shards' index, where it is not beside them.
+        json: Print the summary as JSON.
         out: PNG to write.
     """
-    if recipe or against:
-        pairs = list(islice(poisoned(urls, recipe) if recipe else changed(urls, against), n))
-        if not pairs:
-            raise BadInput(f"{urls}: no pair differs, so there is nothing to show; check the recipe's rate and the paths")
-        figure = Figure(figsize=(7.5, 1.9 * len(pairs)), layout="tight")
-        for row, (before, after) in zip(figure.subplots(len(pairs), 3, squeeze=False), pairs, strict=True):
-            difference = ImageChops.difference(before["image"], after["image"]).point(lambda v: min(255, 10 * v))
-            cell(row[0], before["image"], before["text"])
-            cell(row[1], after["image"], after["text"])
-            cell(row[2], difference, "difference x 10")
-    else:
-        samples = list(islice(shards.read(urls), n))
-        across = min(4, len(samples))
-        figure = Figure(figsize=(2.4 * across, 2.2 * -(-len(samples) // across)), layout="tight")
-        axes = figure.subplots(-(-len(samples) // across), across, squeeze=False).flat
-        for a in axes:
-            a.axis("off")
-        for a, s in zip(axes, samples, strict=False):
-            cell(a, s["image"], s["text"])
-    with shards.replacing(out) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
-    print(out)
+    poisons = bool(recipe) + bool(patch) + bool(against)
+    if not 1 <= n <= 100:  # a PNG of 975 x 30,000 pixels
+        raise BadInput(f"--n {n}: a sheet shows 1 to 100 pairs; give such a number")
+    if poisons > 1 or ((plan or json) and not poisons) or (seed is not None and not (recipe or patch or (against and plan))):
+        raise BadInput("--recipe, --patch and --against exclude each other, --plan and --json need one of them, --seed a plan; mend that")
+    clean = ((raw,) for url in shards.expand(urls) for raw in shards.read_pairs(url))
+    rows = list(islice(decoded(changes(urls, recipe, plan, patch, against, n, seed, index) if poisons else clean), n))
+    if not rows:
+        raise BadInput(f"{urls}: no pair {'differs' if poisons else 'is whole'}, so there is nothing to show; check the rate and the paths")
+    draw_sheet([cell for row in rows for cell in cells(*row)], 3 if poisons else min(4, len(rows)), out)
+    found = stealth.summarise((r[0]["image"], r[-1]["image"]) for r in rows if poisons and r[0]["image"].size == r[-1]["image"].size)
+    words = ", ".join(f"{k} {stealth.in_table(v, 0 if k == 'n' else 4 if 'ssim' in k else 2)}" for k, v in found.items())
+    print(dumps({name: stealth.in_json(value) for name, value in found.items()}) if json else f"{out}: {words}" if poisons else out)
 
 
 if __name__ == "__main__":
