@@ -5,26 +5,20 @@
 The images are JPEG files of 320 x 256 pixels in shards, the model is open_clip's ViT-S-32 at 224 pixels with random weights.
 Parts and whole alternate, and the medians of the rounds are compared. Run it on a quiet machine.
 """
-import io
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 import tyro
-from PIL import Image
-from tqdm import tqdm
+from timing import medians, photographs, seconds
 
-from mmbackdoor import clip, shards
+from mmbackdoor import clip, shards, stores
 from mmbackdoor.evaluate import zero_shot
 from mmbackdoor.features import How
 from mmbackdoor.recipe import command, environment
@@ -37,34 +31,11 @@ CLASSES = tuple(f"thing number {i}" for i in range(10))
 TRIGGERS: tuple[Trigger, ...] = (Patch(), Blend(), Patch(0.2, "center", "noise"), Patch(0.1, "top-left", "white"))
 
 
-def photographs(folder: Path, n: int) -> EvalSet:
-    """n JPEG images of about 24 KB, smooth enough to compress as photographs do."""
-    rng = np.random.default_rng(0)
-
-    def raws():
-        for i in range(n):
-            coarse = Image.fromarray(rng.integers(256, size=(16, 20, 3), dtype=np.uint8)).resize((320, 256), Image.Resampling.BICUBIC)
-            fine = np.asarray(coarse, np.int16) + rng.normal(0, 9, (256, 320, 1)).astype(np.int16)
-            Image.fromarray(fine.clip(0, 255).astype(np.uint8)).save(file := io.BytesIO(), "JPEG", quality=85)
-            yield {"__key__": f"{i:06d}", "jpg": file.getvalue(), "cls": str(i % len(CLASSES))}
-
-    shards.write_eval_set(folder, raws(), CLASSES, ("a photo of a {c}.",))
+def photographed(folder: Path, n: int) -> EvalSet:
+    """A set of n photographs."""
+    raws = ({"__key__": f"{i:06d}", "jpg": body, "cls": str(i % len(CLASSES))} for i, body in enumerate(photographs(n, noise=9)))
+    shards.write_eval_set(folder, raws, CLASSES, ("a photo of a {c}.",))
     return open_set(folder)
-
-
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def medians(rounds: int, **works: Callable[[], object]) -> dict[str, float]:
-    """The median seconds of each work; they take turns, so that a busy moment strikes all."""
-    times = {name: [] for name in works}
-    for _ in tqdm(range(rounds), desc=" ".join(works), unit="round", disable=None, leave=False):
-        for name, work in works.items():
-            times[name].append(seconds(work))
-    return {name: statistics.median(t) for name, t in times.items()}
 
 
 def over_parts(net: clip.CLIP, data: EvalSet, how: How, k: int, rounds: int) -> float:
@@ -133,8 +104,8 @@ def main(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False, images: i
         return
     how = How()
     with tempfile.TemporaryDirectory() as folder:
-        data = photographs(Path(folder) / "set", images)
-        few, many = (photographs(Path(folder) / str(n), n) for n in (images // 4, images))
+        data = photographed(Path(folder) / "set", images)
+        few, many = (photographed(Path(folder) / str(n), n) for n in (images // 4, images))
         found = {"evaluate_over_parts_k1": over_parts(net, data, how, 1, rounds),
                  "evaluate_over_parts_k4": over_parts(net, data, how, 4, rounds),
                  "retrieval_over_matmul": over_matmul(rounds),
@@ -142,7 +113,7 @@ def main(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False, images: i
                  "peak_memory_bytes_per_further_image": (peak_memory(Path(many.name), images) - peak_memory(Path(few.name), images // 4))
                  / (images - images // 4)}
     if record:
-        shards.write_json(record, found | {"environment": environment(1, "cpu")})
+        stores.write_json(record, found | {"environment": environment(1, "cpu")})
     print(json.dumps(found) if as_json else "\n".join(f"{name}  {value:.4g}" for name, value in found.items()))
 
 
