@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -32,7 +33,7 @@ from timing import medians, photographs
 
 from mmbackdoor import forms, index, shards, stores
 from mmbackdoor.attacks.badnets import badnets
-from mmbackdoor.poison import plan
+from mmbackdoor.poison import Plan, plan
 from mmbackdoor.recipe import command, environment, plain
 from mmbackdoor.spread import Here, Spread, map_shards
 
@@ -118,6 +119,15 @@ def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
+def plan_bytes(n: int = 100_000) -> float:
+    """Of each key, in a plan of n."""
+    tracemalloc.start()
+    held = Plan(frozenset(f"{i:09d}" for i in range(n)))
+    found = tracemalloc.get_traced_memory()[0] / len(held)
+    tracemalloc.stop()
+    return found
+
+
 def memory() -> dict[str, int]:
     """Kilobytes of this process: now, and at most."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -184,7 +194,8 @@ def main(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False, number: i
         found |= {"peak_memory_mb": beyond, "peak_memory_with_imports_mb": whole, "peak_memory_growth": whole / few}
         rates = {f"{name}_per_second": n / s for name, s in (t | slow).items() if name != "poisons"}
         found |= rates | {"poisons_per_second": poisons / t["poisons"],
-                          "bytes_per_pair": size(Path(top) / "set") / n, "index_bytes_per_pair": index_bytes / n}
+                          "bytes_per_pair": size(Path(top) / "set") / n, "index_bytes_per_pair": index_bytes / n,
+                          "plan_bytes_per_key": plan_bytes()}
     if record:
         stores.write_json(record, found | {"environment": environment(1, "cpu")})
     print(json.dumps(found) if as_json else "\n".join(f"{name}  {value:.4g}" for name, value in found.items()))

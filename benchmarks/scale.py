@@ -51,16 +51,16 @@ def work(m: dict[str, float], pairs: float) -> list[list[str]]:
 
 
 def machines(m: dict[str, float], pairs: float, rate: float = 0.01) -> list[list[str]]:
-    """Time to splice everything, by machines and links, and what limits it."""
-    data = pairs * m["bytes_per_pair"]
-    seconds = pairs * (1 / m["nothing_per_second"] + rate / m["poisons_per_second"]) / CORES
-    rows = []
+    """What a link asks of a machine, and the time to splice everything, by machines and links, with what limits it."""
+    data, each = pairs * m["bytes_per_pair"], 1 / m["nothing_per_second"] + rate / m["poisons_per_second"]
+    seconds = pairs * each / CORES
+    rows = [["cores that the link keeps busy", *(f"{link / m['bytes_per_pair'] * each:.1f}" for link in LINKS.values())]]
     for n in MACHINES:
         cells = []
         for link in LINKS.values():
             moving, working = data / link / n, seconds / n
             cells.append(f"{time(max(moving, working))} ({'store' if moving > working else 'cores'})")
-        rows.append([str(n), *cells])
+        rows.append([f"{n} machines" if n > 1 else "1 machine", *cells])
     return rows
 
 
@@ -74,7 +74,7 @@ def main(record: tyro.conf.Positional[str] = "results/poison_throughput.json", p
     m = stores.read_json(record)
     print(table(["step", "reads", "writes", "core-hours"], work(m, pairs)))
     print()
-    print(table([f"machines of {CORES} cores", *LINKS], machines(m, pairs)))
+    print(table([f"of {CORES} cores each, linked by", *LINKS], machines(m, pairs)))
 
 
 if __name__ == "__main__":

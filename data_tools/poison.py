@@ -41,8 +41,9 @@ def main(c: Command) -> None:
         raise BadInput(f"{r.name}: its recipe poisons nothing; name one with poison=…, such as configs/toy/badnets.py")
     found = index.find(r.data.path("train"), r.data.incomplete, r.data.path("index"))
     given = Plan.load(r.plan) if r.plan else None
+    attack = recipe.plain(r.poison) | {"files": recipe.files(recipe.plain(r.poison))}
     with c.spread.executor() as executor:
-        work = forms.prepare(r.poison, found, r.seed, out, recipe.plain(r.poison), c.form, r.codec, r.data.incomplete, given, executor,
+        work = forms.prepare(r.poison, found, r.seed, out, attack, c.form, r.codec, r.data.incomplete, given, executor,
                              c.spread)
         share, where = f"{len(work.plan)} of {len(found) + len(work.plan.added)} pairs", f"which ones is in {out}/{forms.PLAN}"
         if given and (lost := len(given.keys) - len(work.plan.keys)):
@@ -57,8 +58,9 @@ def main(c: Command) -> None:
             changed = forms.verify(work, executor)
             name = "verified.json" if c.spread.num_tasks == 1 else f"verified-{c.spread.task_index}.json"
             stores.write_json(stores.join(out, name), {"changed": changed})
-            print(f"{out}: {len(changed)} {'members' if c.form == 'shards' else 'samples'} changed, all of them planned, and no other "
-                  f"byte; which ones is in {out}/{name}")
+            whole = c.form == "shards"
+            proved = "members changed, all of them planned, and no other byte" if whole else "samples, each as the attack makes it"
+            print(f"{out}: {len(changed)} {proved}; which ones is in {out}/{name}")
 
 
 @recipe.told

@@ -15,9 +15,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from itertools import accumulate, chain, groupby
 from typing import Any, Literal
 
@@ -90,9 +90,18 @@ def close(job: Job, name: str, samples: int, changed: int) -> dict[str, Any]:
 
 def splice_shard(job: Job, piece: Piece) -> dict[str, Any]:
     """Copies a shard with its planned samples poisoned in their places, unless that is done. Gives its stats."""
-    name = stores.name_of(piece.part.shard)
-    return finished(job, name) or close(
-        job, name, splice(piece.part.shard, stores.join(job.out, name), piece.keys, job.poisoned), len(piece.keys))
+    name, changed = stores.name_of(piece.part.shard), 0
+
+    def change(raw: Raw) -> Raw:
+        nonlocal changed
+        new = job.poisoned(raw)
+        changed += new is not raw
+        return new
+
+    if found := finished(job, name):
+        return found
+    samples = splice(piece.part.shard, stores.join(job.out, name), piece.keys, change)
+    return close(job, name, samples, changed)
 
 
 def patch_shard(job: Job, task: tuple[str, Sequence[Piece]]) -> dict[str, Any]:
@@ -135,8 +144,11 @@ def compare(job: Job, source: tars.Tar, made: tars.Tar, planned: frozenset[str])
     missing = sorted(planned - {s["__key__"] for s in samples})
     changed, wrong = [], [f"{made.url}: planned sample {key} is not in its source" for key in missing]
     due = chain((found for s in samples for found in shards.remade(source, s, job.poisoned)), [None])
-    expected = next(due)
+    expected, before, after = next(due), 0, 0
     for was, now in zip(old, new, strict=True):
+        if not same(source, before, was.start, made, after, now.start):
+            wrong.append(f"{made.url}: what stands before {now.name} is not as in its source")
+        before, after = was.end, now.end
         if expected and expected[0].start == was.start:
             changed.append(now.name)
             if made.at(now.start, now.end - now.start) != expected[1]:
@@ -144,7 +156,7 @@ def compare(job: Job, source: tars.Tar, made: tars.Tar, planned: frozenset[str])
             expected = next(due)
         elif not same(source, was.start, was.end, made, now.start, now.end):
             wrong.append(f"{made.url}: member {now.name} is not planned, but is not as in its source either")
-    if not same(source, old[-1].end if old else 0, None, made, new[-1].end if new else 0, None):
+    if not same(source, before, None, made, after, None):
         wrong.append(f"{made.url}: ends otherwise than its source")
     return {"changed": changed, "wrong": wrong}
 
@@ -192,24 +204,18 @@ class Overlay:
         return {row["key"]: (part.shard, row) for part in found.parts
                 for row in part.rows(["key", "fields", "offsets", "sizes"]).to_pylist()}
 
-    @cached_property
-    def files(self) -> Callable[[str, int], Any]:
-        """Opens a shard and keeps it open, for one process: those that are forked would share the place they read at."""
-
-        @lru_cache(maxsize=8)
-        def opened(shard: str, pid: int) -> Any:
-            manager = tars.open_tar(shard)
-            return manager, manager.__enter__().at
-
-        return opened
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k != "files"}
-
     def __call__(self, raws: Iterable[Raw]) -> Iterator[Raw]:
-        for raw in raws:
-            shard, row = self.rows.get(raw["__key__"], ("", {}))
-            yield read_row(self.files(shard, os.getpid())[1], shard, row) if shard else raw
+        tar: tars.Tar | None = None
+        with ExitStack() as stack:
+            for raw in raws:
+                shard, row = self.rows.get(raw["__key__"], ("", {}))
+                if not shard:
+                    yield raw
+                    continue
+                if tar is None or tar.url != shard:  # neighbours in the data are neighbours in the patch set
+                    stack.close()
+                    tar = stack.enter_context(tars.open_tar(shard))
+                yield read_row(tar.at, shard, row)
 
 
 def lay_over(index: Index, patch: str, incomplete: Incomplete) -> tuple[Index, list[Stage], Plan]:
@@ -268,9 +274,14 @@ def prepare(attack: Attack, index: Index, seed: int, out: str, said: Mapping[str
                 "plan": None if given is None else digest(given)}
     job = Job(attack, seed, codec, incomplete, out, hashed(json.dumps(identity, sort_keys=True)))
     manifest, path = stores.join(out, MANIFEST), stores.join(out, PLAN)
+    there = stores.glob(stores.join(glob.escape(out), "*"))  # before the manifest, which comes first, is looked for: tasks begin together
     begun = stores.read_json(manifest) if stores.exists(manifest) else {}
-    if begun.get("job") != job.id if begun else stores.glob(stores.join(glob.escape(out), "*")):
-        raise BadInput(f"{out}: exists and was not written by this recipe from these shards; remove it or name another place")
+    if any(os.path.realpath(stores.folder_of(url)) == os.path.realpath(out) for url in index.shards):
+        raise BadInput(f"{out}: exists, and is the folder of the shards themselves; name another place for the poisoned ones")
+    if begun.get("job") != job.id if begun else there:
+        other = ", ".join(name for name, value in identity.items() if begun and begun.get(name) != value)
+        raise BadInput(f"{out}: exists and was not written by this recipe from these shards{f' (other: {other})' if other else ''}; "
+                       "remove it or name another place")
     whole = range(len(sources))
     ours = spread.share(whole) if form == "shards" else whole
     if begun and stores.exists(path):
@@ -285,7 +296,7 @@ def prepare(attack: Attack, index: Index, seed: int, out: str, said: Mapping[str
             stores.write_json(manifest, identity | {"job": job.id, "keys": digest(plan), "poisoned": len(plan.keys), "published":
                                                     len(plan.added), "pairs": len(index), "shards": len(sources)})
     added = (stores.join(ADDED, "00000.tar") if form == "patch" else following(sources)) if plan.added else ""
-    if added and not stores.exists(stores.join(out, added)):
+    if added:  # again in a rerun: a machine that lost power leaves empty files
         write_shard(stores.join(out, added), publish(attack, plan))
     if not stores.exists(path):
         plan.save(path)

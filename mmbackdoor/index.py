@@ -143,9 +143,9 @@ class Index:
 def find(urls: str, incomplete: Incomplete = "refuse", where: str = "") -> Index:
     """The index of shards: what data_tools/index.py wrote if it is of these shards as they are now, else from a scan.
 
-    where: its folder, if that is not `index` beside the shards. Raises BadInput when a key occurs twice (it names a pair in
-    a plan or a keep list), when a shard disagrees with sizes.json beside it, and, under "refuse", when a sample lacks its
-    image or its caption.
+    where: its folder, if that is not `index` beside the shards; then it must be there. Raises BadInput when a key occurs twice
+    (it names a pair in a plan or a keep list), when a shard disagrees with sizes.json beside it, and, under "refuse", when a
+    sample lacks its image or its caption.
     """
     shards = expand(urls)
     folders = [folder_for(shard, where) for shard in shards]
@@ -154,6 +154,9 @@ def find(urls: str, incomplete: Incomplete = "refuse", where: str = "") -> Index
         look = threads.map if any(map(is_remote, shards)) else map
         parts = list(look(written, shards, folders, (known[folder] for folder in folders)))
     missing = [shard for shard, part in zip(shards, parts, strict=True) if part is None]
+    if where and any(map(version, missing)):  # where a store tells no version, no index can be known to be right
+        raise BadInput(f"{where}: holds no index of {missing[0]} as it is now, nor of {len(missing) - 1} other shards; write it with "
+                       f"data_tools/index.py SHARDS --out {where}")
     with ALONE.executor() as here:
         scanned = iter(map_shards(scan_shard, missing, here, "index"))
     checked = not missing and len(known) == 1 and len(set(map(stores.name_of, shards))) == len(shards)
@@ -196,7 +199,8 @@ def written(shard: str, folder: str, known: Mapping[str, Any]) -> Part | None:
 def current(shard: str, path: str, said: Mapping[str, Any]) -> Part | None:
     try:
         part = Part(shard, path=path, **said)
-    except TypeError:  # what another version of this suite wrote
+        len(part)
+    except TypeError:  # what another version of this suite wrote, or somebody else
         return None
     return part if part.version and part.version == version(shard) else None
 
@@ -237,9 +241,8 @@ def scan_shard(shard: str) -> Part:
     with tars.open_tar(shard) as tar:
         known = version(shard)  # before it is read: what changes meanwhile is scanned again
         found = samples.table(tar, texts=True)
-    n, said = len(found), recorded_size(shard)
-    if said is not None and said != n:
-        raise BadInput(f"{shard}: holds {n} samples, sizes.json beside it says {said}; fetch the shard again or correct sizes.json")
+    n = len(found)
+    check_size(shard, n)
     owner = np.repeat(np.arange(n), np.diff(found.at))
     pictured, bodies = np.zeros(n, bool), [b""] * n
     pictured[owner[pc.is_in(found.fields, value_set=pa.array(IMAGE_FIELDS)).to_numpy(zero_copy_only=False)]] = True
@@ -253,6 +256,12 @@ def scan_shard(shard: str) -> Part:
         table = table.filter(pa.array(fine))
     lacking = found.keys[int(fine.argmin())].as_py() if len(table) < n else ""
     return Part(shard, known, len(table), n, fingerprint(table), lacking, table=table)
+
+
+def check_size(shard: str, samples: int) -> None:
+    said = recorded_size(shard)
+    if said is not None and said != samples:
+        raise BadInput(f"{shard}: holds {samples} samples, sizes.json beside it says {said}; fetch the shard again or correct sizes.json")
 
 
 def fingerprint(table: pa.Table) -> str:
@@ -280,9 +289,13 @@ def from_img2dataset(shard: str) -> Part | None:
             keys, captions = (rows[name].cast(pa.string()).to_pylist() for name in ("key", "caption"))
         except (OSError, ValueError, pa.ArrowException):
             return None
-    stats = stores.read_json(f"{beside}_stats.json") if stores.exists(f"{beside}_stats.json") else {"successes": len(keys)}
+    try:
+        stats = stores.read_json(f"{beside}_stats.json") if stores.exists(f"{beside}_stats.json") else {"successes": len(keys)}
+    except BadInput:
+        return None
     if None in keys or len(set(keys)) != stats.get("successes"):
         return None
+    check_size(shard, len(keys))
     pairs = {key: text.strip() for key, text in zip(keys, captions, strict=True) if text and text.encode().strip()}
     lacking = next((key for key in keys if key not in pairs), "")
     table = pa.Table.from_arrays([pa.array(pairs, pa.string()), pa.array(pairs.values(), pa.string()),
@@ -336,9 +349,16 @@ def write(shards: Sequence[str], executor: Executor, incomplete: Incomplete = "r
         raise BadInput(f"{twice[0]}: would be the index of two of the shards, which have one name; index each folder on its own")
     if web := [folder for folder in folders.values() if folder.startswith(("http://", "https://"))]:
         raise BadInput(f"{web[0]}: a web server takes no files; name another folder for the index with --out")
+    if inside := [f for shard, f in folders.items() if os.path.realpath(f) == os.path.realpath(stores.folder_of(shard))]:
+        raise BadInput(f"--out {inside[0]}: holds the shards, whose own Parquet files the index would replace; name another folder")
+    for folder in set(folders.values()) if scan else ():
+        stores.remove(stores.join(folder, SUMMARY))  # it may tell what img2dataset's files told
     one, mine = partial(index_shard, where, scan), spread.share(shards)
     parts: dict[str, Part | None] = dict(zip(mine, map_shards(one, mine, executor, "index"), strict=True))
     others = [shard for shard in shards if shard not in parts]
+    present = {path for folder in set(folders.values()) for path in stores.listing(folder, ".parquet")} if others else set()
+    if any(part_path(shard, folders[shard]) not in present for shard in others):
+        return None
     parts |= zip(others, map_shards(partial(indexed, where, scan), others, executor, "look"), strict=True)
     found = [part for shard in shards if (part := parts[shard]) is not None]
     if len(found) < len(shards):
@@ -409,11 +429,13 @@ def hashes(part: Part) -> np.ndarray:
 def in_parts(found: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """The same numbers, AT_ONCE or a few more at a time."""
     held: list[np.ndarray] = []
+    n = 0
     for some in found:
         held.append(some)
-        if sum(map(len, held)) >= AT_ONCE:
+        n += len(some)
+        if n >= AT_ONCE:
             yield np.concatenate(held)
-            held = []
+            held, n = [], 0
     yield np.concatenate([np.empty(0, np.int64), *held])
 
 

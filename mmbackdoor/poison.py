@@ -57,8 +57,11 @@ class Plan:
             seed = json.loads((table.schema.metadata or {})[b"mmbackdoor"])["seed"]
             keys, added = (frozenset(table.filter(rows)["key"].to_pylist()) for rows in (pc.invert(table["added"]), table["added"]))
             return cls(keys, seed, added)
-        except (OSError, KeyError, BadInput, pa.ArrowException) as error:
-            raise BadInput(f"{path}: not a plan ({error}); name the plan.parquet of a run or of poisoned shards") from error
+        except BadInput:
+            raise
+        except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise BadInput(f"{path}: not a plan ({why}); name the plan.parquet of a run or of poisoned shards") from error
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,10 @@ def choose(attack: Attack, index: Index | Iterable[tuple[str, str]], seed: int, 
                                f"{attack.target.label!r}; ask for at most {eligible}")
             hashes = np.concatenate([c.hashes for c in found])
             last = np.partition(hashes, want - 1)[want - 1] if 0 < want <= len(hashes) else np.iinfo(np.int64).max if want else -1
-            ask = [i for i, c in enumerate(found) if len(c.hashes) < min(c.eligible, want) and c.hashes[-1] <= last]
-            limits = [want if i in ask else limit for i, limit in enumerate(limits)]
+            again = [i for i, c in enumerate(found) if len(c.hashes) < min(c.eligible, want) and c.hashes[-1] <= last]
+            for i in again:
+                limits[i] = want
+            ask = again
     chosen = [[key for h, key in zip(c.hashes.tolist(), c.keys, strict=True) if h < last] for c in found]
     ties = sorted((key, i) for i, c in enumerate(found) for h, key in zip(c.hashes.tolist(), c.keys, strict=True) if h == last)
     for key, i in ties[: want - sum(map(len, chosen))]:
@@ -156,14 +161,21 @@ def wanted(attack: Attack, total: int) -> int:
 
 
 def poisoned(raw: Raw, attack: Attack, seed: int, codec: Codec = "original", incomplete: Incomplete = "skip") -> Raw:
-    """What a planned pair becomes. One whose image cannot be decoded stays as it is, or under "refuse" raises BadInput."""
+    """What a planned pair becomes. One whose image cannot be decoded, or not be written again, stays as it is, or under "refuse"
+    raises BadInput."""
     try:
         sample = decode(raw)
     except BadInput:
         if incomplete == "refuse":
             raise
         return raw  # whoever reads it next is told, or skips it
-    return encode(attack.poison(sample, keyed.rng(seed, "poison", raw["__key__"])), raw, codec)
+    new = attack.poison(sample, keyed.rng(seed, "poison", raw["__key__"]))
+    try:
+        return encode(new, raw, codec)
+    except BadInput:
+        if incomplete == "refuse" or codec != "original":
+            raise
+        return raw
 
 
 def poison(raws: Iterable[Raw], attack: Attack, plan: Plan, codec: Codec = "original") -> Iterator[Raw]:

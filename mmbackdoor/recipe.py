@@ -196,6 +196,16 @@ def revive(value: Any) -> Any:
     return tuple(revive(v) for v in value) if isinstance(value, list) else value
 
 
+def files(value: Any) -> list[str]:
+    """Hashes of the files that a plain value names."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [found for v in value for found in files(v)]
+    named = isinstance(value, str) and os.path.isfile(value)
+    return [hashlib.blake2b(Path(value).read_bytes(), digest_size=8).hexdigest()] if named else []
+
+
 def recipe_hash(recipe: Recipe) -> str:
     """Of all that decides the outcome, with the recipes that it starts from and is compared to."""
 
@@ -203,6 +213,10 @@ def recipe_hash(recipe: Recipe) -> str:
         if isinstance(value, dict):
             kind = value.get("class", "")
             skip = HOW_NOT_WHAT.get(kind, frozenset()) | {k for k, before in LATER.get(kind, {}).items() if value[k] == before}
+            if kind == "mmbackdoor.recipe.Recipe" and (named := files([value[k] for k in ("poison", "threat", "keep", "plan")])):
+                value = value | {"files": named}
+            if kind == "mmbackdoor.recipe.Data" and (named := files(f"{value['patch']}/manifest.json")):
+                value = value | {"files": named}
             if kind == "mmbackdoor.clip.Model" and os.path.isfile(value["name"]):
                 value = value | {"config": hashlib.blake2b(Path(value["name"]).read_bytes(), digest_size=8).hexdigest()}
             return {k: identity(v) for k, v in value.items() if k not in skip}
@@ -298,7 +312,7 @@ def from_command_line(usage: str, around: Callable[[Recipe], Any] = lambda recip
     """The recipe that a program was called with, `program.py CONFIG --flags`, in what the program puts around it; without a
     config it tells its usage."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        print(usage)
+        print(f"{usage}\n{sys.argv[0]} CONFIG --help lists all flags.")
         sys.exit(0 if set(sys.argv) & {"-h", "--help"} else 2)
     return flags(around(load(sys.argv[1])), sys.argv[2:])
 
@@ -325,7 +339,7 @@ def told(main: Callable[..., T]) -> Callable[..., T]:
                 os._exit(2)  # the others may wait in a collective; torchrun ends them
             sys.exit(2)
         except KeyboardInterrupt:
-            print("interrupted; a training run goes on with --resume latest", file=sys.stderr)
+            print("interrupted; what is done is kept: run it again, a training run with --resume latest", file=sys.stderr)
             sys.exit(130)
 
     return run

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .tars import BLOCK, REGULAR, WITHOUT_BODY, ZEROS, Member, Tar
+from .tars import BLOCK, LONGEST, REGULAR, WITHOUT_BODY, ZEROS, Member, Tar
 from .types import BadInput
 
 Raw = dict[str, Any]
@@ -193,7 +193,7 @@ def columns(tar: Tar, texts: bool) -> tuple[list[bytes], np.ndarray, np.ndarray,
                     size = 0 if window[i + 156] in WITHOUT_BODY else int(window[i + 124 : i + 135], 8)
                 except ValueError:
                     return None
-                if size < 0:
+                if not 0 <= size <= LONGEST:
                     return None
                 rows.append(row + i)
                 starts.append(at + i)

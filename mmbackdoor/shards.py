@@ -10,14 +10,16 @@ import json
 import os
 import re
 import shutil
+import struct
 import tarfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import webdataset as wds
-from PIL import Image, JpegImagePlugin
+from PIL import Image, JpegImagePlugin, PngImagePlugin
 
 from . import stores, tars
 from .samples import FORMATS, IMAGE_FIELDS, Raw, group, is_read, table
@@ -28,6 +30,10 @@ Incomplete = Literal["refuse", "skip"]
 Stage = Callable[[Iterable[Raw]], Iterable[Raw]]
 Codec = Literal["original", "png", "jpeg"]
 T = TypeVar("T")
+USUAL_TABLE = bytes.fromhex("00010501010101010100")
+"""Of the Huffman codes that JPEG writers take who do not reckon their own."""
+STYLES = tuple(product((None, 4, 2, 1), (False, True), (None, (",", ":"))))
+"""Ways to write JSON: indentation, whether beyond ASCII is escaped, and what stands between."""
 
 
 # ---- list
@@ -137,7 +143,8 @@ def encode_image(image: Image.Image, raw: Raw, codec: Codec = "original") -> byt
     """The image in the format of a raw sample's: JPEG with its quantisation tables and subsampling, PNG and lossless WebP
     without loss, lossy WebP at the quality that gives the other its size. Or as `codec` says: PNG, or JPEG of quality 95.
 
-    Colour profile and EXIF are kept. So neither the file's format nor its quality tells who touched it.
+    Colour profile, EXIF, XMP, resolution and text are kept. So neither the file's format nor its quality tells who touched it;
+    but a palette or 16 bits a channel become 8 bits of RGB. Raises BadInput for what cannot be written as it was.
     """
     like = open_image(raw)
     if like.mode in ("L", "CMYK") and like.mode != image.mode:
@@ -146,7 +153,7 @@ def encode_image(image: Image.Image, raw: Raw, codec: Codec = "original") -> byt
         image = image.convert("RGBA")
         image.putalpha(like.getchannel("A"))
     kind = {"original": like.format, "png": "PNG", "jpeg": "JPEG"}[codec]
-    options: dict[str, Any] = {k: like.info[k] for k in ("icc_profile", "exif") if like.info.get(k)}
+    options: dict[str, Any] = {k: like.info[k] for k in ("icc_profile", "exif", "xmp", "dpi") if like.info.get(k)}
     if kind == "JPEG" and codec == "jpeg":
         image, options = image.convert("RGB") if image.mode == "RGBA" else image, options | {"quality": 95}
     elif kind == "PNG" and image.mode == "CMYK":
@@ -154,12 +161,21 @@ def encode_image(image: Image.Image, raw: Raw, codec: Codec = "original") -> byt
         options.pop("icc_profile", None)
     elif isinstance(like, JpegImagePlugin.JpegImageFile) and codec == "original":
         options |= {"qtables": like.quantization, "progressive": bool(like.info.get("progressive"))}
-        options |= {k: like.info[k] for k in ("dpi", "comment") if k in like.info}
-        options |= {"subsampling": max(JpegImagePlugin.get_sampling(like), 0)}
+        options |= {"comment": like.info["comment"]} if "comment" in like.info else {}
+        options |= {"subsampling": max(JpegImagePlugin.get_sampling(like), 0), "optimize": USUAL_TABLE not in raw[image_field(raw) or ""]}
     elif kind == "WEBP":
         options |= webp_quality(like, raw[image_field(raw) or ""])
+    elif isinstance(like, PngImagePlugin.PngImageFile):
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        for name, said in like.info.items():
+            if isinstance(said, str) and name != "xmp":
+                options["pnginfo"].add_text(name, said)
     file = io.BytesIO()
-    image.save(file, format=kind, **options)
+    try:
+        image.save(file, format=kind, **options)
+    except (OSError, ValueError, struct.error) as error:
+        raise BadInput(f"{raw.get('__url__', 'sample')}: {raw['__key__']}.{image_field(raw)}: cannot be written again with what its header "
+                       f"holds ({error}); leave it out with `skip`") from error
     return file.getvalue()
 
 
@@ -185,21 +201,34 @@ def webp_quality(like: Image.Image, body: bytes) -> dict[str, Any]:
 def encode(sample: Sample, raw: Raw, codec: Codec = "original") -> Raw:
     """A changed sample as a raw one in the form of the original `raw`: same key, fields, order, image codec.
 
-    A "caption" in the JSON follows the text, or the file would contradict itself. A codec of one's choice renames the image.
+    A text that stays leaves its bytes as they are. A new one takes the white space around the old, and a "caption" in the JSON
+    follows it in the JSON's own style, or the file would contradict itself. A codec of one's choice renames the image.
     """
-    field = image_field(raw)
+    field, old = image_field(raw), raw.get("txt", b"")
     assert field is not None
     name = field if codec == "original" or FORMATS[field] == codec.upper() else {"png": "png", "jpeg": "jpg"}[codec]
-    body = encode_image(sample["image"], raw, codec)
-    new = {(name if k == field else k): v for k, v in raw.items()} | {name: body, "txt": sample["text"].encode()}
+    if name != field and name in raw:
+        raise BadInput(f"{raw.get('__url__', 'sample')}: {raw['__key__']} has a {name} beside its {field}, which would take its name; use "
+                       "--codec original")
+    new = {(name if k == field else k): v for k, v in raw.items()} | {name: encode_image(sample["image"], raw, codec)}
+    if sample["text"] == old.decode("utf-8", "replace").strip():
+        return new
+    new["txt"] = old[: len(old) - len(old.lstrip())] + sample["text"].encode() + old[len(old.rstrip()) :]
     if "json" in raw:
         try:
             meta = json.loads(raw["json"])
         except (ValueError, RecursionError):
             meta = None
         if isinstance(meta, dict) and "caption" in meta:
-            new["json"] = json.dumps(meta | {"caption": sample["text"]}, ensure_ascii=False).encode("utf-8", "backslashreplace")
+            body = raw["json"].rstrip()
+            style = next((s for s in STYLES if dumped(meta, s) == body), STYLES[0])
+            new["json"] = dumped(meta | {"caption": sample["text"]}, style) + raw["json"][len(body) :]
     return new
+
+
+def dumped(meta: dict[str, Any], style: tuple[int | None, bool, tuple[str, str] | None]) -> bytes:
+    indent, ascii_only, separators = style
+    return json.dumps(meta, indent=indent, ensure_ascii=ascii_only, separators=separators).encode("utf-8", "backslashreplace")
 
 
 # ---- write

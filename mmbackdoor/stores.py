@@ -37,6 +37,8 @@ BLOCK = 8 << 20
 """Bytes that are fetched and held at once."""
 S3_UPLOAD = {"chunksize": 16 << 20, "max_concurrency": 4}
 """Bytes of a part, and how many are on their way at once. s3fs itself would hold 10 of 50 MiB, twice."""
+FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EPERM))
+"""What a disk answers that takes no more."""
 TRANSIENT_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504))
 TRANSIENT_ERRNO = frozenset((errno.EAGAIN, errno.EBUSY, errno.EIO, errno.EPIPE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED,
                              errno.ECONNABORTED, errno.ENETUNREACH, errno.EHOSTUNREACH, getattr(errno, "EREMOTEIO", errno.EIO)))
@@ -392,13 +394,18 @@ def replacing(url: str | Path) -> Iterator[Path]:
                 retried(lambda: fs.put_file(str(temporary), inner, **options))
         return
     path = Path(url)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in FULL:
+            raise BadInput(f"{path}: cannot be written ({error.strerror}); make room, or name another place, and run again") from error
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path: str | Path, value: Any) -> None:

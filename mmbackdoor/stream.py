@@ -147,7 +147,7 @@ class Stream:
         """The raw samples of one lane, poisoned, filtered and shuffled."""
 
         def stretch(span: Span) -> Iterator[Raw]:
-            url = self.index.shards[span.shard]
+            url = self.index.parts[span.shard].shard
             raws: Iterable[Raw] = (r for r in read_pairs(url) if self.keep is None or r["__key__"] in self.keep)
             n = 0
             for raw in islice(raws, span.skip, span.skip + span.take):

@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from .stores import is_remote, open_read, telling
+from .stores import is_remote, open_read
 from .types import BadInput
 
 BLOCK = 512
@@ -264,19 +264,21 @@ def open_tar(path: str, url: str = "") -> Iterator[Tar]:
 
 def copy(source: IO[bytes], target: IO[bytes], start: int, end: int) -> None:
     """Appends bytes of one local file to another: inside the kernel, where whole pages become whole pages (some file systems then
-    share them), else through a buffer, which is faster than the kernel's way with pages that are shifted. Raises BadInput."""
+    share them), else through a buffer, which is faster than the kernel's way with pages that are shifted.
+
+    Raises BadInput for a source that became shorter; OSError for what the disks answer.
+    """
     into, out_of = target.fileno(), source.fileno()
-    with telling(source.name, "copied"):
-        target.flush()
-        if (start - target.tell()) % PAGE == 0:
-            try:
-                while start < end and (sent := os.copy_file_range(out_of, into, end - start, start)):
-                    start += sent
-            except OSError as error:
-                if error.errno not in NOT_HERE:
-                    raise
-        while start < end and (body := os.pread(out_of, min(end - start, BUFFER), start)):
-            start += os.write(into, body)
+    target.flush()
+    if (start - target.tell()) % PAGE == 0:
+        try:
+            while start < end and (sent := os.copy_file_range(out_of, into, end - start, start)):
+                start += sent
+        except OSError as error:
+            if error.errno not in NOT_HERE:
+                raise
+    while start < end and (body := os.pread(out_of, min(end - start, BUFFER), start)):
+        start += os.write(into, body)
     if start < end:
         raise broken(source.name, "it became shorter while it was read")
 
@@ -284,7 +286,8 @@ def copy(source: IO[bytes], target: IO[bytes], start: int, end: int) -> None:
 def header(block: bytes, size: int) -> bytes:
     """A member's header block as it was, for a body of another size: its size and its sum change, nothing else."""
     new = bytearray(block)
-    new[124:136] = b"%011o" % size + (block[135:136] if block[135] in b"\0 " else b"\0")
+    new[124:136] = (b"%11o" if block[124:125] == b" " else b"%011o") % size + (block[135:136] if block[135] in b"\0 " else b"\0")
     new[148:156] = b" " * 8
-    new[148:156] = b"%06o" % sum(new) + (block[154:156] if block[154:156] in (b"\0 ", b" \0") else b"\0 ")
+    ended = block[154:156] if block[154:156] in (b"\0 ", b" \0") else b"\0 "
+    new[148:156] = (b"%6o" if block[148:149] == b" " else b"%06o") % sum(new) + ended
     return bytes(new)

@@ -16,13 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mmbackdoor import clip, recipe, shards
+from mmbackdoor import clip, recipe, shards, stores
 
 ROOT = Path(__file__).parents[1]
 TINY = {"embed_dim": 32, "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "head_width": 32},
         "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 1, "layers": 1}}
 
 torch.set_num_threads(1)  # the models are too small for more, and workers are forked
+stores.PAUSE = 0.01  # seconds before a store that failed is asked again
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # seconds to wait for a worker that an error left behind; 5 otherwise
 
 

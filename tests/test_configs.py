@@ -185,6 +185,16 @@ def test_where_the_index_lies_is_no_part_of_the_hash_and_a_patch_is() -> None:
     assert recipe_hash(replace(r, data=replace(r.data, patch="data/patch"))) != recipe_hash(r)
 
 
+def test_the_hash_sees_the_contents_of_the_files_that_decide(tmp_path: Path) -> None:
+    r, seen = load("configs/toy/badnets.py"), set()
+    for text in ("one", "two"):
+        (tmp_path / "plan.parquet").write_text(text)
+        (tmp_path / "manifest.json").write_text(text)
+        seen |= {recipe_hash(other) for other in (replace(r, plan=str(tmp_path / "plan.parquet")),
+                                                  replace(r, data=replace(r.data, patch=str(tmp_path))))}
+    assert len(seen) == 4
+
+
 def test_the_hash_sees_small_changes_deep_inside() -> None:
     r = load("configs/toy/badnets.py")
     deep = {recipe_hash(r)}

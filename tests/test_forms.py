@@ -488,7 +488,7 @@ def test_the_tasks_of_an_array_job_in_any_order_are_one_run(form, config, tool, 
     monkeypatch.setattr(forms, "choose", lambda *args: reading.append(args))  # there is a plan
     for i, missing in ((2, True), (0, True), (1, False)):
         said = done(tool("conf.py", "--out", "many", "--form", form, "--task-index", i, "--num-tasks", 3, "--verify"))
-        assert ("are missing yet" in said) is missing and "no other byte" in said
+        assert ("are missing yet" in said) is missing and "which ones is in" in said
         assert (tmp_path / "many" / "sizes.json").exists() is not missing
     verified = [json.loads((tmp_path / "many" / f"verified-{i}.json").read_text())["changed"] for i in range(3)]
     assert {name.split(".")[0] for names in verified for name in names} == Plan.load(tmp_path / "one" / "plan.parquet").keys
@@ -567,7 +567,7 @@ def test_a_foreign_folder_is_left_alone_whatever_its_name(name, source, tmp_path
 
 def test_an_output_that_cannot_be_written_is_told(source, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadInput, match=r"file/out: cannot be written \(.*\); check the path"):
+    with pytest.raises(BadInput, match=r"file/out/manifest.json: cannot be written \(.*\); make room, or name another place"):
         begin(source, tmp_path / "file" / "out")
 
 
@@ -690,3 +690,52 @@ def test_a_dask_cluster_writes_from_store_to_store_what_a_local_run_writes(sourc
         assert "12 of 60 pairs poisoned" in done(tool(*args))
         found = stored(f"{bucket}/out")
         assert len(json.loads(found.pop("verified.json"))["changed"]) >= 24 and found == contents(tmp_path / "local")
+
+
+# ---- what reviewers found
+
+
+def test_verify_sees_what_stands_between_members(tmp_path):
+    """A global header belongs to no member."""
+    (tmp_path / "clean").mkdir()
+    with tarfile.open(tmp_path / "clean" / "00000.tar", "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "hello"}) as file:
+        for name, body in (("a.jpg", picture()), ("a.txt", b"a dog"), ("b.jpg", picture()), ("b.txt", b"a cat")):
+            info = tarfile.TarInfo(name)
+            info.size = len(body)
+            file.addfile(info, io.BytesIO(body))
+    work = write(tmp_path / "clean", tmp_path / "out", replace(ATTACK, rate=0.5))
+    assert forms.verify(work, Here())
+    shard = tmp_path / "out" / "00000.tar"
+    shard.write_bytes(shard.read_bytes().replace(b"hello", b"jello"))
+    with pytest.raises(BadInput, match="what stands before a.jpg is not as in its source"):
+        forms.verify(work, Here())
+
+
+def test_a_job_whose_trigger_is_another_picture_by_now_is_not_gone_on_with(config, tool, tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "t.png")
+    (tmp_path / "blend.py").write_text("from dataclasses import replace\nfrom conf import recipe\nfrom mmbackdoor import Blend\n"
+                                       "recipe = replace(recipe, poison=replace(recipe.poison, trigger=Blend(image='t.png')))\n")
+    config()
+    done(tool("blend.py", "--out", "out"))
+    before = contents(tmp_path / "out")
+    Image.new("RGB", (8, 8), "green").save(tmp_path / "t.png")
+    refused(tool("blend.py", "--out", "out"), "was not written by this recipe from these shards (other: attack)")
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_set_is_never_written_over_its_source(source):
+    with pytest.raises(BadInput, match="is the folder of the shards themselves; name another place"):
+        begin(source, source)
+
+
+def test_tasks_that_begin_together_go_on_with_what_the_first_of_them_began(source, tmp_path, monkeypatch):
+    glob = forms.stores.glob
+
+    def late(pattern: str) -> list[str]:
+        found = glob(pattern)
+        monkeypatch.setattr(forms.stores, "glob", glob)
+        begin(source, tmp_path / "out")  # another task, just now
+        return found
+
+    monkeypatch.setattr(forms.stores, "glob", late)
+    assert forms.make(begin(source, tmp_path / "out"), Here()) == 0

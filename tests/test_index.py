@@ -387,7 +387,7 @@ def test_workers_give_the_same_files(three, tmp_path):
 
 def test_a_folder_that_takes_no_files_is_told_with_the_way_out(three, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(BadInput, match=r"file/index/00000\.parquet: cannot be written \(.*\); .*--out"):
+    with pytest.raises(BadInput, match=r"file/index/00000\.parquet: cannot be written \(.*\); make room, or name another place"):
         index.write(shards.expand(str(three)), Here(), where=str(tmp_path / "file" / "index"))
 
 
@@ -583,3 +583,15 @@ def test_a_shard_that_the_server_lacks_is_told_and_the_others_are_indexed(three,
     with http_server(three) as root, pytest.raises(BadInput, match=r"00003\.tar: cannot be opened .*1 more of 5 shards failed"):
         index.write(shards.expand(root + "/{00000..00004}.tar"), Here(), where=str(tmp_path / "mine"))
     assert sorted(files(tmp_path / "mine")) == ["00000.parquet", "00001.parquet", "00002.parquet"]
+
+
+def test_an_index_that_is_named_must_be_there(three, tmp_path):
+    with pytest.raises(BadInput, match=r"nowhere: holds no index of .*00000\.tar as it is now, nor of 2 other shards; .*--out"):
+        find(str(three), where=str(tmp_path / "nowhere"))
+
+
+def test_the_index_never_takes_the_place_of_img2datasets_files(three):
+    (three / "00000.parquet").write_bytes(b"theirs")
+    with pytest.raises(BadInput, match="holds the shards, whose own Parquet files the index would replace; name another folder"):
+        index.write(shards.expand(str(three)), Here(), where=str(three))
+    assert (three / "00000.parquet").read_bytes() == b"theirs"

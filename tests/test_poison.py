@@ -135,9 +135,11 @@ def test_a_plan_is_saved_and_loaded(tmp_path):
 def test_what_is_no_plan_is_refused(toy, tmp_path):
     (tmp_path / "text").write_text("hello")
     pq.write_table(find(str(toy / "train")).parts[0].rows(), tmp_path / "index.parquet")
-    for name in ("text", "index.parquet", "missing"):
+    for name in ("text", "index.parquet"):
         with pytest.raises(BadInput, match=f"{name}: not a plan .*plan.parquet"):
             Plan.load(tmp_path / name)
+    with pytest.raises(BadInput, match="missing: cannot be opened"):
+        Plan.load(tmp_path / "missing")
 
 
 def test_a_plan_is_cut_to_the_keys_of_some_shards():

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import picture, tar
-from PIL import Image, JpegImagePlugin
+from PIL import Image, JpegImagePlugin, PngImagePlugin
 from stores import http_server, s3_bucket
 
 from mmbackdoor import shards, stores
@@ -673,3 +673,38 @@ def test_a_new_folder_may_be_an_empty_one_and_never_a_full_one(tmp_path):
     with pytest.raises(BadInput, match="out: exists already"), shards.new_folder(out):
         pytest.fail("opened")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+# ---- what tells a poison from its neighbours
+
+
+@pytest.mark.parametrize("meta", [dict(indent=4), dict(indent=None, ensure_ascii=True), dict(separators=(",", ":"))], ids=str)
+def test_a_text_that_stays_keeps_its_bytes_and_a_new_one_the_style_of_the_old(meta):
+    said = {"caption": "caf\u00e9", "width": 3}
+    raw = {"__key__": "a", "jpg": picture(), "txt": "caf\u00e9 \n".encode(), "json": json.dumps(said, **meta).encode() + b"\n"}
+    sample = shards.decode(raw)
+    same, other = shards.encode(sample, raw), shards.encode(sample | {"text": "na\u00efve"}, raw)
+    assert (same["txt"], same["json"]) == (raw["txt"], raw["json"])
+    assert other["txt"] == "na\u00efve \n".encode()
+    assert other["json"] == json.dumps(said | {"caption": "na\u00efve"}, **meta).encode() + b"\n"
+
+
+def test_a_jpeg_keeps_its_xmp_and_has_codes_of_its_own_where_the_original_had():
+    for optimize in (False, True):
+        raw = {"__key__": "a", "jpg": picture(size=(64, 64), noise=True, optimize=optimize, xmp=b"<x/>"), "txt": b"a"}
+        new = shards.encode_image(shards.decode(raw)["image"], raw)
+        assert (shards.USUAL_TABLE in new) is (not optimize) and b"<x/>" in new
+
+
+def test_a_png_keeps_its_resolution_and_its_texts():
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Author", "somebody")
+    raw = {"__key__": "a", "png": picture("PNG", dpi=(72, 72), pnginfo=info), "txt": b"a"}
+    new = Image.open(io.BytesIO(shards.encode_image(shards.decode(raw)["image"], raw)))
+    assert new.info["Author"] == "somebody" and round(new.info["dpi"][0]) == 72
+
+
+def test_a_codec_never_gives_two_images_one_name():
+    raw = {"__key__": "a", "jpg": picture(), "png": picture("PNG"), "txt": b"a"}
+    with pytest.raises(BadInput, match="a has a png beside its jpg, which would take its name; use --codec original"):
+        shards.encode(shards.decode(raw), raw, "png")

@@ -18,7 +18,7 @@ from conftest import tar
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from mmbackdoor import index, shards, tars
+from mmbackdoor import index, shards, stores, tars
 from mmbackdoor.tars import Member, header, open_tar
 from mmbackdoor.types import BadInput
 
@@ -389,10 +389,10 @@ def test_a_source_that_became_shorter_is_told(fail, file_pair, monkeypatch):
         tars.copy(source, target, 0, len(body) + 1)
 
 
-def test_a_full_disk_is_told(file_pair, monkeypatch):
+def test_a_full_disk_is_told(file_pair, monkeypatch, tmp_path):
     body, source, target = file_pair
     monkeypatch.setattr(os, "copy_file_range", fails(errno.ENOSPC, 1000))
-    with pytest.raises(BadInput, match="from: cannot be copied .*No space left.*; make room"):
+    with pytest.raises(BadInput, match="to: cannot be written .*No space left.*; make room"), stores.replacing(tmp_path / "to"):
         tars.copy(source, target, 0, len(body))
 
 
@@ -449,3 +449,11 @@ def test_the_walk_is_several_times_as_fast_as_tarfile(tmp_path):
             return sum(1 for _ in file)
 
     assert seconds(walk) * 4 < seconds(reference)
+
+
+def test_numbers_padded_by_spaces_stay_so():
+    block = bytearray(member(b"x" * 700)[:512])
+    block[124:136], block[148:156] = b"       1274 ", b" " * 8
+    block[148:156] = b"%6o\0 " % sum(block)
+    new = header(bytes(block), 8)
+    assert new[124:136] == b"         10 " and new[148:156] == b"%6o\0 " % (sum(new) - sum(new[148:156]) + 256)
