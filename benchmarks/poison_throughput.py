@@ -2,8 +2,8 @@
 
     python benchmarks/poison_throughput.py [--json] [--record results/poison_throughput.json]
 
-Shards of JPEG images of about 24 KB with captions, in memory (/dev/shm) or the page cache; 1 % of the pairs poisoned by BadNets. Works
-take turns, and the medians of the rounds are compared. Run it on a quiet machine with two cores.
+Shards of JPEG images of about 24 KB with captions, in the page cache; 1 % of the pairs poisoned by BadNets. Works take turns, and the
+medians of the rounds are compared. Run it on a quiet machine with two cores.
 
 splice_over_raw       webdataset reads and TarWriter writes every sample undecoded, over splicing; one process each
 splice_over_decode    the same with every image decoded and encoded
@@ -164,15 +164,14 @@ def main(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False, number: i
         per_shard: Pairs in each.
         rounds: Of which the median is taken.
         many: Shards, of 250 pairs, in the measure of memory.
-        folder: Where to work; /dev/shm or the system's folder for temporary files.
+        folder: Where to work, with 6 GB free; the system's folder for temporary files.
         record: File to write the measures and the environment to.
         peak_of: Used by the program itself, to measure the memory of a process that does nothing else.
     """
     if peak_of:
         index_and_poison(Path(peak_of))
         return
-    base = folder or ("/dev/shm" if os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 12e9 else None)
-    with tempfile.TemporaryDirectory(dir=base) as top:
+    with tempfile.TemporaryDirectory(dir=folder or None) as top:
         write(Path(top) / "set", number, per_shard)
         w = Works(Path(top) / "set", Path(top) / "out")
         n, poisons = number * per_shard, len(w.work.plan.keys)

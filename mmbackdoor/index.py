@@ -32,6 +32,8 @@ SUMMARY, ALONE = "index.json", Spread(processes=1)
 SCHEMA = pa.schema([("key", pa.string()), ("text", pa.string()), ("fields", pa.list_(pa.string())), ("offsets", pa.list_(pa.int64())),
                     ("sizes", pa.list_(pa.int64()))])
 """A row a pair; of each member that is read its extension, where its body lies in the (unpacked) tar, and how long it is, in bytes."""
+SPARSE, NARROW = 1 << 20, 1 << 16
+"""Bytes from one wanted sample to the next, on average, from which on narrow ranges of a shard in a store are read, and how narrow."""
 AT_ONCE = 1 << 23
 """Keys whose hashes are sorted in memory together (64 MB, held twice)."""
 NAMED = 1 << 20
@@ -86,8 +88,10 @@ class Part:
             there = frozenset(keys)
             yield from (raw for raw in read_pairs(self.shard) if raw["__key__"] in there)
             return
-        with tars.open_tar(self.shard) as tar:
-            for row in rows.to_pylist():
+        found = rows.to_pylist()
+        sparse = bool(found) and found[-1]["offsets"][-1] > len(found) * SPARSE
+        with tars.open_tar(self.shard, at_once=NARROW if sparse else 0) as tar:
+            for row in found:
                 yield read_row(tar.at, self.shard, row)
 
 

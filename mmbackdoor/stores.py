@@ -236,8 +236,8 @@ class Remote(io.RawIOBase):
 
     stream: Any = None
 
-    def __init__(self, url: str):
-        self.url = url
+    def __init__(self, url: str, at_once: int = 0):
+        self.url, self.at_once = url, at_once or BLOCK
         self.fs, self.path, info = about(url)
         if info.get("type") == "directory":
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
@@ -265,7 +265,7 @@ class Remote(io.RawIOBase):
         if self.size is not None and self.at >= self.size:
             return 0
         if not self.begin <= self.at < self.begin + len(self.block):
-            self.load(self.at - self.at % BLOCK)
+            self.load(self.at - self.at % self.at_once)
         part = self.block[self.at - self.begin:][:len(buffer)]
         buffer[:len(part)] = part
         self.at += len(part)
@@ -282,7 +282,7 @@ class Remote(io.RawIOBase):
 
     def fetch(self, begin: int) -> bytes | bytearray:
         """The block that begins there: whole, unless the file ends in it."""
-        n, known = (BLOCK, False) if self.size is None else (min(BLOCK, self.size - begin), True)
+        n, known = (self.at_once, False) if self.size is None else (min(self.at_once, self.size - begin), True)
         try:
             body = self.fetch_streamed(begin, n) if self.web or not known else self.fs.cat_file(self.path, start=begin, end=begin + n)
             if known and len(body) != n:
@@ -333,11 +333,11 @@ class Remote(io.RawIOBase):
 
 
 @contextmanager
-def open_read(url: str | Path) -> Iterator[IO[bytes]]:
-    """A seekable binary file."""
+def open_read(url: str | Path, at_once: int = 0) -> Iterator[IO[bytes]]:
+    """A seekable binary file. Of one in a store `at_once` bytes are fetched at a time, or BLOCK."""
     url = str(url)
     with telling(url, "opened"):
-        file: IO[bytes] = io.BufferedReader(Remote(url), 1 << 17) if is_remote(url) else open(url, "rb")  # noqa: SIM115
+        file: IO[bytes] = io.BufferedReader(Remote(url, at_once), 1 << 13) if is_remote(url) else open(url, "rb")  # noqa: SIM115
     with file:
         yield file
 

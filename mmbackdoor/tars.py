@@ -233,13 +233,14 @@ def check(url: str, blocks: list[bytes]) -> None:
 
 
 @contextmanager
-def open_tar(path: str, url: str = "") -> Iterator[Tar]:
+def open_tar(path: str, url: str = "", at_once: int = 0) -> Iterator[Tar]:
     """A tar, local or behind a URL, plain or compressed by gzip, bzip2 or xz. Messages name `url` where it is given.
+    at_once: as for `open_read`.
 
     Raises BadInput, here and when it is read, for what cannot be read.
     """
     url = url or path
-    with open_read(path) as file:
+    with open_read(path, at_once) as file:
         head = file.read(10)
         unpack = next((opener for magic, opener in PACKED.items() if re.match(magic, head)), None)
         inside = unpack(file) if unpack else file

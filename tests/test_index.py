@@ -595,3 +595,15 @@ def test_the_index_never_takes_the_place_of_img2datasets_files(three):
     with pytest.raises(BadInput, match="holds the shards, whose own Parquet files the index would replace; name another folder"):
         index.write(shards.expand(str(three)), Here(), where=str(three))
     assert (three / "00000.parquet").read_bytes() == b"theirs"
+
+
+def test_of_a_shard_in_a_store_narrow_ranges_are_read_where_the_wanted_samples_lie_far_apart(tmp_path, monkeypatch):
+    members = {f"{i:02d}.{f}": b for i in range(40) for f, b in (("jpg", np.random.default_rng(i).bytes(100_000)), ("txt", b"a dog"))}
+    url = tar(tmp_path / "set" / "00000.tar", members)
+    asked: list[tuple[str, str]] = []
+    with http_server(url.parent, asked=asked) as root:
+        part = index.scan_shard(f"{root}/00000.tar")
+        for wanted, most in (({"05", "35"}, 6), ({f"{i:02d}" for i in range(40)}, 4)):
+            del asked[:]
+            assert [raw["jpg"] for raw in part.raws(wanted)] == [members[f"{k}.jpg"] for k in sorted(wanted)]
+            assert 0 < len(asked) <= most

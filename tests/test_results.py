@@ -81,6 +81,39 @@ def test_the_readme_quotes_the_recorded_costs_and_agreement():
     assert f"the largest difference is {judged['largest_difference']:.0e}." in readme
 
 
+def test_poisoning_shards_costs_little_more_than_copying_them():
+    found = json.loads((ROOT / "results/poison_throughput.json").read_text())
+    assert found["splice_over_raw"] >= 7 and found["splice_over_decode"] >= 15 and found["index_over_iterate"] >= 10
+    assert found["copy_overhead"] <= 2 and found["over_bound"] <= 1.5 and found["processes_2_over_1"] >= 1.7
+    assert found["peak_memory_mb"] <= 300 and found["peak_memory_growth"] <= 1.05
+
+
+def test_every_killed_job_was_ended_by_a_rerun_with_the_same_bytes():
+    found = json.loads((ROOT / "results/kills.json").read_text())
+    assert found["kills"] == found["identical"] == 100 and found["while_writing"] >= 50 and found["half_shards"] == 0
+
+
+def test_the_readme_quotes_what_poisoning_was_measured_to_cost():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    m, kills = (json.loads((ROOT / f"results/{name}.json").read_text()) for name in ("poison_throughput", "kills"))
+    for words in (f"splicing is {m['splice_over_raw']:.1f} times as fast as webdataset",
+                  f"and {m['splice_over_decode']:.0f} times as fast as decoding and encoding",
+                  f"it takes {m['copy_overhead']:.2f} of the time of `cp`", f"{m['over_bound']:.2f} of `cp` and one decoding",
+                  f"Two processes do {m['processes_2_over_1']:.2f} times the work of one",
+                  f"The index is written {m['index_over_iterate']:.1f} times as fast",
+                  f"{m['peak_memory_mb']:.0f} MB beyond its imports", f"{m['peak_memory_with_imports_mb']:.0f} MB with them",
+                  f"of {kills['kills']} jobs", f"{kills['identical']} ended"):
+        assert words in readme, words
+
+
+def test_the_reckoning_for_billions_of_pairs_is_that_of_the_recorded_rates(capsys):
+    load_program("benchmarks/scale").main(str(ROOT / "results/poison_throughput.json"))
+    tables, text = capsys.readouterr().out, (ROOT / "docs/scale.md").read_text()
+    m = json.loads((ROOT / "results/poison_throughput.json").read_text())
+    assert all(table.strip() in text for table in tables.split("\n\n")) and tables.count("\n\n") == 1
+    assert f"{m['bytes_per_pair']:,.0f} bytes" in text and f"{m['plan_bytes_per_key']:.0f} bytes a planned key" in text
+
+
 @pytest.mark.parametrize("name", ["cleanclip", "finetune"])
 def test_the_learning_rate_of_each_cleaning_run_is_the_one_of_highest_clean_validation_accuracy(name):
     chosen = recipe.load(f"configs/toy/{name}.py")
