@@ -266,6 +266,8 @@ def prepare(attack: Attack, index: Index, seed: int, out: str, said: Mapping[str
     said: what the manifest tells of the attack. given: a plan to follow instead of drawing one. Raises BadInput when the
     folder holds anything else.
     """
+    if out.startswith(("http://", "https://")):
+        raise BadInput(f"{out}: a web server takes no files; name a folder, or a store such as s3://BUCKET/PATH")
     sources = [stores.name_of(url) for url in index.shards]
     if twice := [name for name, n in Counter(sources).items() if n > 1]:
         raise BadInput(f"{twice[0]}: two of the shards have this name, one would replace the other; poison each folder on its own")

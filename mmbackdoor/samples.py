@@ -162,12 +162,8 @@ def at_once(tar: Tar, texts: bool) -> Table | None:
     if pc.count_distinct(own).as_py() < len(own) or len(np.unique(each)) < len(each):
         return None
     fields = coded.dictionary.take(pa.array(codes))
-    texts_of = [bodies[i] for i in rows[codes == index_of(coded.dictionary, "txt")].tolist()] if texts else []
+    texts_of = [bodies[i] for i in rows[codes == pc.index(coded.dictionary, "txt").as_py()].tolist()] if texts else []
     return Table(own, np.append(first, len(rows)), fields, named.take(take), starts[rows], starts[rows] + BLOCK, sizes[rows], texts_of)
-
-
-def index_of(values: pa.StringArray, value: str) -> int:
-    return pc.index(values, value).as_py()
 
 
 def columns(tar: Tar, texts: bool) -> tuple[list[bytes], np.ndarray, np.ndarray, np.ndarray, dict[int, bytes]] | None:

@@ -59,6 +59,8 @@ def expand(urls: str) -> list[str]:
         if not paths:
             raise BadInput(f"{pattern}: {hint}")
         missing = [] if remote else [p for p in paths if not os.path.isfile(p)]
+        if missing == [pattern]:
+            raise BadInput(f"{pattern}: no such shard or folder of shards; check the path")
         if missing:
             raise BadInput(f"{missing[0]}: no such shard ({len(missing)} of {len(paths)} that {pattern} names); {hint}")
         found += paths

@@ -723,6 +723,11 @@ def test_a_job_whose_trigger_is_another_picture_by_now_is_not_gone_on_with(confi
     assert contents(tmp_path / "out") == before
 
 
+def test_a_web_server_takes_no_shards(source):
+    with pytest.raises(BadInput, match="http://x/out: a web server takes no files; name a folder, or a store"):
+        begin(source, "http://x/out")
+
+
 def test_a_set_is_never_written_over_its_source(source):
     with pytest.raises(BadInput, match="is the folder of the shards themselves; name another place"):
         begin(source, source)

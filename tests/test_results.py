@@ -1,6 +1,7 @@
 """The recorded numbers: they are of today's configs, the README quotes just them, and (slow) they come out again."""
 import json
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +92,14 @@ def test_poisoning_shards_costs_little_more_than_copying_them():
 def test_every_killed_job_was_ended_by_a_rerun_with_the_same_bytes():
     found = json.loads((ROOT / "results/kills.json").read_text())
     assert found["kills"] == found["identical"] == 100 and found["while_writing"] >= 50 and found["half_shards"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, flags", [("poison_throughput", ("--number", "1", "--per-shard", "200", "--rounds", "1", "--many", "5")),
+                                         ("kills", ("--rounds", "1"))])
+def test_the_benchmarks_of_poisoning_run_and_measure_what_is_recorded(name, flags):
+    done = subprocess.run([sys.executable, f"benchmarks/{name}.py", "--json", *flags], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert {*json.loads(done.stdout.splitlines()[-1]), "environment"} == set(json.loads((ROOT / f"results/{name}.json").read_text()))
 
 
 def test_the_readme_quotes_what_poisoning_was_measured_to_cost():
