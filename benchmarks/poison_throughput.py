@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import tracemalloc
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated
 
@@ -90,11 +90,9 @@ class Works:
         for raw in self.raws:
             self.work.job.poisoned(raw)
 
-    @property
+    @cached_property
     def raws(self) -> list[shards.Raw]:
-        if not hasattr(self, "read"):
-            self.read = [raw for part, piece in zip(self.parts, self.work.tasks, strict=True) for raw in part.raws(piece.keys)]
-        return self.read
+        return [raw for part, piece in zip(self.parts, self.work.tasks, strict=True) for raw in part.raws(piece.keys)]
 
     def iterate(self) -> None:
         for _ in wds.WebDataset(self.urls, shardshuffle=False):

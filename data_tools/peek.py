@@ -13,7 +13,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import islice, tee
 from json import dumps
 
 import tyro
@@ -60,8 +60,9 @@ def changes(urls: str, recipe: str, plan: str, patch: str, against: str, n: int,
     if against:
         yield from versions(index, against, chosen(truth) if truth else None)
     elif patch:
-        whole, overlay = forms.lay_over(index, patch, "skip")[2], forms.Overlay(patch)
-        yield from ((raw, next(overlay([raw]))) for raw in samples(index, chosen(whole & truth.keys if truth else whole)))
+        _, stages, whole = forms.lay_over(index, patch, "skip")
+        before, after = tee(samples(index, chosen(whole & truth.keys if truth else whole)))
+        yield from zip(before, stages[0](after) if stages else after, strict=True)
     else:
         r = recipes.load(recipe)
         if (attack := r.poison) is None:

@@ -41,7 +41,8 @@ def main(c: Command) -> None:
         raise BadInput(f"{r.name}: its recipe poisons nothing; name one with poison=…, such as configs/toy/badnets.py")
     found = index.find(r.data.path("train"), r.data.incomplete, r.data.path("index"))
     given = Plan.load(r.plan) if r.plan else None
-    attack = recipe.plain(r.poison) | {"files": recipe.files(recipe.plain(r.poison))}
+    attack = recipe.plain(r.poison)
+    attack |= {"files": recipe.files(attack)}
     with c.spread.executor() as executor:
         work = forms.prepare(r.poison, found, r.seed, out, attack, c.form, r.codec, r.data.incomplete, given, executor,
                              c.spread)

@@ -140,7 +140,7 @@ def compare(job: Job, source: tars.Tar, made: tars.Tar, planned: frozenset[str])
         names = {m.name for m in old} ^ {m.name for m in new}
         named = f"; {min(names)} is in one of them alone" if names else ""
         return {"changed": [], "wrong": [f"{made.url}: holds {len(new)} members, its source {len(old)}{named}"]}
-    samples = [s for s in group(source.url, ((m.name, m) for m in old if m.regular)) if s["__key__"] in planned]
+    samples = [s for s in group(source.url, old) if s["__key__"] in planned]
     missing = sorted(planned - {s["__key__"] for s in samples})
     changed, wrong = [], [f"{made.url}: planned sample {key} is not in its source" for key in missing]
     due = chain((found for s in samples for found in shards.remade(source, s, job.poisoned)), [None])
@@ -276,15 +276,16 @@ def prepare(attack: Attack, index: Index, seed: int, out: str, said: Mapping[str
                 "plan": None if given is None else digest(given)}
     job = Job(attack, seed, codec, incomplete, out, hashed(json.dumps(identity, sort_keys=True)))
     manifest, path = stores.join(out, MANIFEST), stores.join(out, PLAN)
-    there = stores.glob(stores.join(glob.escape(out), "*"))  # before the manifest, which comes first, is looked for: tasks begin together
-    begun = stores.read_json(manifest) if stores.exists(manifest) else {}
+    begun = begun_there(manifest)
+    there = not begun and stores.glob(stores.join(glob.escape(out), "*"))
+    begun = begun or begun_there(manifest)  # tasks begin together: another has, if anything was there
     if any(os.path.realpath(stores.folder_of(url)) == os.path.realpath(out) for url in index.shards):
         raise BadInput(f"{out}: exists, and is the folder of the shards themselves; name another place for the poisoned ones")
     if begun.get("job") != job.id if begun else there:
         other = ", ".join(name for name, value in identity.items() if begun and begun.get(name) != value)
         raise BadInput(f"{out}: exists and was not written by this recipe from these shards{f' (other: {other})' if other else ''}; "
                        "remove it or name another place")
-    whole = range(len(sources))
+    whole, published = range(len(sources)), list(publish(attack, Plan(seed=seed)))
     ours = spread.share(whole) if form == "shards" else whole
     if begun and stores.exists(path):
         plan = Plan.load(path)
@@ -293,13 +294,13 @@ def prepare(attack: Attack, index: Index, seed: int, out: str, said: Mapping[str
         chosen = {i: keys_in(index.parts[i], plan) for i in ours}  # the index of other tasks' shards need not be read
     else:
         chosen = dict(enumerate(choose(attack, index, seed, executor) if given is None else (keys_in(p, given) for p in index.parts)))
-        plan = publish_to("", attack, index, Plan(frozenset(chain(*chosen.values())), seed), write=False)
+        plan = with_published(Plan(frozenset(chain(*chosen.values())), seed), published, index)
         with stores.telling(out, "written"):
             stores.write_json(manifest, identity | {"job": job.id, "keys": digest(plan), "poisoned": len(plan.keys), "published":
                                                     len(plan.added), "pairs": len(index), "shards": len(sources)})
-    added = (stores.join(ADDED, "00000.tar") if form == "patch" else following(sources)) if plan.added else ""
+    added = (stores.join(ADDED, "00000.tar") if form == "patch" else following(sources)) if published else ""
     if added:  # again in a rerun: a machine that lost power leaves empty files
-        write_shard(stores.join(out, added), publish(attack, plan))
+        write_shard(stores.join(out, added), published)
     if not stores.exists(path):
         plan.save(path)
     if form == "patch":
@@ -307,6 +308,10 @@ def prepare(attack: Attack, index: Index, seed: int, out: str, said: Mapping[str
         return Work(job, form, plan, tuple(spread.share(tasks)), tuple(name for name, _ in tasks), added, spread)
     pieces = (Piece(replace(index.parts[i], table=None), tuple(chosen[i])) for i in ours)
     return Work(job, form, plan, tuple(pieces), tuple(sources), added, spread)
+
+
+def begun_there(manifest: str) -> dict[str, Any]:
+    return stores.read_json(manifest) if stores.exists(manifest) else {}
 
 
 def keys_in(part: Part, plan: Plan) -> list[str]:
@@ -338,15 +343,11 @@ def following(names: Sequence[str]) -> str:
     return last.partition(".")[0] + "_added.tar"
 
 
-def publish_to(path: str, attack: Attack, index: Index, plan: Plan, write: bool = True) -> Plan:
-    """Writes the pairs that the attacker adds, if any, as one shard; the plan with their keys. Raises BadInput when one of
-    them is in the data already."""
-    added = list(publish(attack, plan))
-    keys = frozenset(raw["__key__"] for raw in added)
+def with_published(plan: Plan, published: Sequence[Raw], index: Index) -> Plan:
+    """The plan with the keys of the pairs that the attacker adds. Raises BadInput when one of them is in the data already."""
+    keys = frozenset(raw["__key__"] for raw in published)
     if again := keys.intersection(index.keys()) if keys else frozenset():
         raise BadInput(f"key {min(again)}, which the attack publishes, is in the data already; publish other keys")
-    if added and write:
-        write_shard(path, added)
     return replace(plan, added=keys)
 
 

@@ -232,7 +232,7 @@ def stem(shard: str) -> str:
 def version(shard: str) -> str:
     """Size and time of a local shard, and what a store calls the version of one of its objects; "" where it has none."""
     if is_remote(shard):
-        return stores.stamp([("", shard)])
+        return stores.remote_version(shard)
     s = os.stat(shard)
     return f"{s.st_size} {s.st_mtime_ns}"
 

@@ -217,8 +217,8 @@ def recipe_hash(recipe: Recipe) -> str:
                 value = value | {"files": named}
             if kind == "mmbackdoor.recipe.Data" and (named := files(f"{value['patch']}/manifest.json")):
                 value = value | {"files": named}
-            if kind == "mmbackdoor.clip.Model" and os.path.isfile(value["name"]):
-                value = value | {"config": hashlib.blake2b(Path(value["name"]).read_bytes(), digest_size=8).hexdigest()}
+            if kind == "mmbackdoor.clip.Model" and (named := files(value["name"])):
+                value = value | {"config": named[0]}
             return {k: identity(v) for k, v in value.items() if k not in skip}
         return [identity(v) for v in value] if isinstance(value, list) else value
 

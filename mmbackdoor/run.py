@@ -20,13 +20,13 @@ from . import evaluate, probe
 from .clip import CARD, CLIP
 from .evaluate import Threats, by_name
 from .features import Features, How, features
-from .forms import lay_over, publish_to
+from .forms import lay_over, with_published
 from .index import Index, find, whole
-from .poison import Plan, plan, poison
+from .poison import Plan, plan, poison, publish
 from .recipe import MIXED, Data, Recipe, environment, load, plain, recipe_hash, revive, text
 from .retrieval import retrieval
 from .sets import EvalSet, PairSet, open_pairs, open_set
-from .shards import Stage
+from .shards import Stage, write_shard
 from .stores import replacing, write_json
 from .types import BadInput, Threat
 
@@ -125,10 +125,12 @@ def data(r: Recipe, accelerator: Accelerator) -> tuple[Index, list[Stage], Plan]
             print(f"{lost} of {len(given.keys)} keys of {r.plan} are not in the data", flush=True)
     else:
         truth = plan(r.poison, index, r.seed)
-    published = r.directory / "published"
-    truth = publish_to(str(published / "00000.tar"), r.poison, index, truth, accelerator.is_main_process)
+    added, published = list(publish(r.poison, truth)), r.directory / "published"
+    truth = with_published(truth, added, index)
+    if added and accelerator.is_main_process:
+        write_shard(published / "00000.tar", added)
     accelerator.wait_for_everyone()
-    if truth.added:
+    if added:
         index = whole(Index(index.parts + find(str(published)).parts), r.data.incomplete)
     return index, [partial(poison, attack=r.poison, plan=truth, codec=r.codec)], truth
 

@@ -6,17 +6,16 @@ anything about them is unusual they are followed one by one; so only that way ha
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .tars import BLOCK, LONGEST, REGULAR, WITHOUT_BODY, ZEROS, Member, Tar
+from .tars import BLOCK, LONGEST, REGULAR, WITHOUT_BODY, ZEROS, Member, Tar, summed
 from .types import BadInput
 
 Raw = dict[str, Any]
@@ -27,8 +26,7 @@ WINDOW, WINDOWS = 2048, 1024
 """Bytes that are read from a header on, in which the next header often lies; and how many such readings are gone through together."""
 NAME = r"(?s)^(?P<key>(?:.*/)?[^./]+)\.(?P<field>[^/]*)$"
 WITHOUT_FOLDER = r"(?s)^(?P<key>[^.]+)\.(?P<field>.*)$"
-TEXT = frozenset(b"".join(letters) for letters in product((b".",), *((c.lower(), c.upper()) for c in (b"t", b"x", b"t"))))
-OCTAL = 8 ** np.arange(5, -1, -1)
+PLAIN, USUAL = np.frombuffer(REGULAR, np.uint8), np.frombuffer(REGULAR + WITHOUT_BODY, np.uint8)
 
 
 # ---- one after the other
@@ -47,19 +45,15 @@ def is_field(field: str) -> bool:
     return field in FIELDS or ("." in field and field.rsplit(".", 1)[1] in FIELDS)
 
 
-def is_read(member: Member) -> bool:
-    return member.regular and is_field(split_name(member.name)[1])
-
-
-def group(url: str, members: Iterable[tuple[str, Any]]) -> Iterator[Raw]:
-    """Members (name, value) of one shard -> samples. The members of a sample must be neighbours, each field once; what is
-    not read may stand anywhere."""
+def group(url: str, members: Iterable[Member], value: Callable[[Member], Any] = lambda member: member) -> Iterator[Raw]:
+    """Members of one shard -> samples that hold the `value` of each that is read. The members of a sample must be neighbours, each
+    field once; what is not read may stand anywhere."""
     seen: set[str] = set()
     sample: Raw = {}
     last = None
-    for name, value in members:
-        key, field = split_name(name)
-        if not is_field(field):
+    for member in members:
+        key, field = split_name(member.name)
+        if not (member.regular and is_field(field)):
             continue
         key = key.removeprefix("./")
         if key != last:
@@ -70,8 +64,8 @@ def group(url: str, members: Iterable[tuple[str, Any]]) -> Iterator[Raw]:
             seen.add(key)
             sample, last = {"__key__": key, "__url__": url}, key
         if field in sample:
-            raise BadInput(f"{url}: member {name} occurs twice; write the shard again")
-        sample[field] = value
+            raise BadInput(f"{url}: member {member.name} occurs twice; write the shard again")
+        sample[field] = value(member)
     if sample:
         yield sample
 
@@ -118,8 +112,11 @@ def table(tar: Tar, texts: bool = False) -> Table:
 def one_by_one(tar: Tar, texts: bool) -> Table:
     keys: list[str] = []
     at, fields, members, bodies = [0], list[str](), list[Member](), list[bytes]()
-    regular = ((m.name, (m, tar.body(m) if texts and split_name(m.name)[1] == "txt" else None)) for m in tar.members() if m.regular)
-    for sample in group(tar.url, regular):
+
+    def with_text(member: Member) -> tuple[Member, bytes | None]:
+        return member, tar.body(member) if texts and split_name(member.name)[1] == "txt" else None
+
+    for sample in group(tar.url, tar.members(), with_text):
         keys.append(sample.pop("__key__"))
         del sample["__url__"]
         fields += sample
@@ -204,7 +201,7 @@ def columns(tar: Tar, texts: bool) -> tuple[list[bytes], np.ndarray, np.ndarray,
         if here is None:
             return None
         if texts:
-            for n in [n for n, name in enumerate(here, len(names)) if name[-4:] in TEXT]:
+            for n in [n for n, name in enumerate(here, len(names)) if name[-4:].lower() == b".txt"]:
                 k, i = divmod(rows[n - len(names)], WINDOW)
                 end = i + BLOCK + sizes[n]
                 bodies[n] = windows[k][i + BLOCK : end] if end <= WINDOW else tar.at(starts[n] + BLOCK, sizes[n])
@@ -216,15 +213,9 @@ def columns(tar: Tar, texts: bool) -> tuple[list[bytes], np.ndarray, np.ndarray,
 
 def usual(heads: np.ndarray) -> list[bytes] | None:
     """The names in header blocks (n, 512), if all are right and of the usual kind."""
-    sizes, sums = heads[:, 124:135] - 48, heads[:, 148:154] - 48
-    total = heads.sum(1, dtype=np.int64) - heads[:, 148:156].sum(1, dtype=np.int64) + 8 * 32
-    odd = (sizes > 7).any() or (sums > 7).any() or (heads[:, 135] & ~np.uint8(32)).any() or heads[:, (154, 345)].any()
-    if odd or (sums @ OCTAL != total).any() or not np.isin(heads[:, 156], USUAL).all():
+    odd = ((heads[:, 124:135] ^ ord("0")) > 7).any() or (heads[:, 135] & ~np.uint8(32)).any() or heads[:, 345].any()
+    if odd or not summed(heads).all() or not np.isin(heads[:, 156], USUAL).all():
         return None
     names = heads[:, :100].copy().view("S100").ravel().tolist()
     joined = b"\0".join(names)
     return None if joined.count(b"\0") >= max(len(names), 1) or b"/\0" in joined + b"\0" else names
-
-
-PLAIN, BARE = np.frombuffer(REGULAR, np.uint8), np.frombuffer(WITHOUT_BODY, np.uint8)
-USUAL = np.concatenate((PLAIN, BARE))

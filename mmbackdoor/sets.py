@@ -152,7 +152,7 @@ class ShardSource:
         if "://" in self.shards[0]:
             return 0
         with open_tar(self.shards[0]) as tar:
-            n = sum(1 for _ in group(tar.url, ((m.name, m) for m in tar.members() if m.regular)))
+            n = sum(1 for _ in group(tar.url, tar.members()))
         return round(n * sum(map(os.path.getsize, self.shards)) / os.path.getsize(self.shards[0]))
 
     def fingerprint(self) -> str:

@@ -16,20 +16,19 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import webdataset as wds
 from PIL import Image, JpegImagePlugin, PngImagePlugin
 
 from . import stores, tars
-from .samples import FORMATS, IMAGE_FIELDS, Raw, group, is_read, table
+from .samples import FORMATS, IMAGE_FIELDS, Raw, group, table
 from .stores import is_remote, replacing, write_json
 from .types import BadInput, Sample
 
 Incomplete = Literal["refuse", "skip"]
 Stage = Callable[[Iterable[Raw]], Iterable[Raw]]
 Codec = Literal["original", "png", "jpeg"]
-T = TypeVar("T")
 USUAL_TABLE = bytes.fromhex("00010501010101010100")
 """Of the Huffman codes that JPEG writers take who do not reckon their own."""
 STYLES = tuple(product((None, 4, 2, 1), (False, True), (None, (",", ":"))))
@@ -75,7 +74,7 @@ def expand(urls: str) -> list[str]:
 def read_raw(url: str) -> Iterator[Raw]:
     """The samples of one shard, undecoded, in order, whether complete or not."""
     with tars.open_tar(url) as tar:
-        yield from group(url, ((m.name, tar.body(m)) for m in tar.members() if is_read(m)))
+        yield from group(url, tar.members(), tar.body)
 
 
 def image_field(raw: Mapping[str, Any]) -> str | None:
@@ -297,11 +296,10 @@ def remade(tar: tars.Tar, fields: Raw, change: Callable[[Raw], Raw | None]) -> I
             yield member, tar.rewritten(member, as_bytes(new[name]), name if name != field else "")
 
 
-def parts(values: Iterable[T], n: int) -> Iterator[list[T]]:
-    """Lists of n, the last of what is left."""
-    part: list[T] = []
-    for value in values:
-        part.append(value)
+def parts(samples: Iterable[Raw], n: int) -> Iterator[list[Raw]]:
+    part: list[Raw] = []
+    for raw in samples:
+        part.append(raw)
         if len(part) == n:
             yield part
             part = []

@@ -223,13 +223,17 @@ def number(url: str, field: bytes, offset: int) -> int:
 def check(url: str, blocks: list[bytes]) -> None:
     """Raises BadInput unless the sums of all header blocks are right."""
     table = np.frombuffer(b"".join(blocks), np.uint8).reshape(-1, BLOCK)
-    digits = table[:, 148:154] ^ ord("0")
-    sums = table.sum(1, dtype=np.uint32) - table[:, 148:156].sum(1, dtype=np.uint32) + 8 * ord(" ")
-    usual = (digits < 8).all(1) & (table[:, 154] == 0) & (digits @ 8 ** np.arange(5, -1, -1) == sums)
-    for i in np.flatnonzero(~usual):  # none, but where a sum is wrong or written in another way
+    for i in np.flatnonzero(~summed(table)):  # none, but where a sum is wrong or written in another way
         said = number(url, blocks[i][148:156], 0)
         if said not in tarfile.calc_chksums(blocks[i]):  # type: ignore[attr-defined]
             raise broken(url, f"a header of {file_name(blocks[i])!r} with a bad checksum")
+
+
+def summed(blocks: np.ndarray) -> np.ndarray:
+    """Of header blocks (n, 512), which have their right sum, written in the usual way."""
+    digits = blocks[:, 148:154] ^ ord("0")
+    sums = blocks.sum(1, dtype=np.uint32) - blocks[:, 148:156].sum(1, dtype=np.uint32) + 8 * ord(" ")
+    return (digits < 8).all(1) & (blocks[:, 154] == 0) & (digits @ 8 ** np.arange(5, -1, -1) == sums)
 
 
 @contextmanager
