@@ -80,7 +80,7 @@ def main(checkpoint: tyro.conf.Positional[str], dataset: str = "", retrieval: st
     same = known is not None and not any(told)
     target = Path(out) if out else folder / ("results.json" if same else "evaluation.json")
     metrics = run.measure(net, sets, threats, how, target.parent / target.stem, index)
-    metrics = run.compare(metrics, reference or run.recorded_reference(known), threats)
+    metrics = run.compare(metrics, reference or run.recorded_reference(known), threats, sets, how)
 
     card = {"schema": 1, "name": str(checkpoint), "recipe": known and known["recipe"], "seed": known["seed"] if known else 0}  # 4
     measured = {**run.shown(threats), "metrics": metrics, "doctor": [finding.fault for finding in findings],

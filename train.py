@@ -4,7 +4,7 @@
     accelerate launch --config_file configs/accelerate/8gpu.yaml train.py configs/cc3m/badnets.py
     torchrun --nproc_per_node 2 train.py configs/toy/badnets.py          (several processes on a CPU)
 
-1 begin the run   2 index the data, plan the poison   3 build model and stream   4 fit   5 evaluate   6 write the results
+1 craft a trigger, begin the run   2 index the data, plan the poison   3 build model and stream   4 fit   5 evaluate   6 write the results
 """
 import copy
 from functools import partial
@@ -15,7 +15,8 @@ from mmbackdoor.stream import Stream
 
 
 def train(r: recipe.Recipe) -> dict:
-    accelerator = run.begin(r)  # 1
+    run.craft(r)  # 1
+    accelerator = run.begin(r)
     rank, world = accelerator.process_index, accelerator.num_processes
     how = How(rank, world, r.workers)
     sets = run.open_sets(r.data, r.fires)
@@ -33,9 +34,9 @@ def train(r: recipe.Recipe) -> dict:
                    each_epoch=partial(run.curves, model, r, sets, how))
 
     metrics = run.measure(model, sets, r.fires, how, r.directory / "results")  # 5
-    metrics = run.compare(metrics, r.reference, r.fires)
+    metrics = run.compare(metrics, r.reference, r.fires, sets, how)
     data = {"pairs": len(index), "poisoned": len(truth.keys | truth.added), "incomplete": index.incomplete,
-            "undecodable": done.skipped, "fingerprint": index.fingerprint}
+            "undecodable": done.skipped, "fingerprint": index.fingerprint, "stealth": run.visible(index, stages, truth)}
     return run.finish(r, model, sets, accelerator, metrics, cost=fit.cost(done), data=data)  # 6
 
 

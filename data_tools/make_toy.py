@@ -3,11 +3,14 @@
     python data_tools/make_toy.py OUT --n 10000 [--size 32] [--seed 0] [--format jpg]
 
 Writes OUT/train (n pairs), OUT/clean (fresh clean pairs for a defender), OUT/pairs (for retrieval), and OUT/val and
-OUT/test, labelled sets in the CLIP_benchmark layout with 48 classes, "red star" for one. The same seed gives the same
-bytes. About the size of what a laptop trains in a minute; the code that reads it is the code that reads CC3M.
+OUT/test, labelled sets in the CLIP_benchmark layout with 48 classes, "red star" for one. For attacks that compose images
+also OUT/references/red star/00.png …, pictures of each class whose alpha is the object's mask, and OUT/backgrounds/000.png …,
+grounds without an object. The same seed gives the same bytes. About the size of what a laptop trains in a minute; the
+code that reads it is the code that reads CC3M.
 """
 import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -26,6 +29,7 @@ GROUNDS = {"grey": (128, 128, 128), "brown": (125, 90, 60), "pink": (235, 170, 1
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 TEMPLATES = ("a photo of a {c}", "a picture of a {c}", "a drawing of a {c}", "a {c}")
+REFERENCES, BACKGROUNDS = 5, 50  # per class, in all
 CAPTIONS = (*TEMPLATES, "a {c} on a {g} background", "a photo of a {c} on {g} ground", "the {c}, with {g} behind it", "{c} on a {g} field")
 
 
@@ -48,6 +52,16 @@ def inside(shape: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def draw(n: int, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """n images (n, size, size, 3) uint8, their classes and their grounds."""
     classes, grounds = rng.integers(len(CLASSES), size=n), rng.integers(len(GROUNDS), size=n)
+    return paint(classes, grounds, size, rng)[0], classes, grounds
+
+
+def paint(classes: np.ndarray, grounds: np.ndarray, size: int, rng: np.random.Generator,
+          bare: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Images (n, size, size, 3) uint8 of these classes on these grounds, and how much of each pixel (n, size, size, 1) the object covers.
+
+    `bare` grounds have no object.
+    """
+    n = len(classes)
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     y, x = np.meshgrid(axis, axis, indexing="ij")
     radius = rng.uniform(0.5, 0.8, (n, 1, 1)).astype(np.float32)
@@ -59,12 +73,12 @@ def draw(n: int, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.nd
     depth = np.empty_like(u)
     for s in range(len(SHAPES)):
         depth[shape == s] = inside(s, u[shape == s], v[shape == s])
-    cover = np.clip(depth * radius * size / 2 + 0.5, 0, 1)[..., None]
+    cover = np.clip(depth * radius * size / 2 + 0.5, 0, 1)[..., None] * (not bare)
     waves = np.sin(x * rng.uniform(2, 9, (n, 1, 1)) + y * rng.uniform(2, 9, (n, 1, 1)) + rng.uniform(0, 6, (n, 1, 1)))
     ground = np.array(list(GROUNDS.values()), np.float32)[grounds][:, None, None] + 14 * waves[..., None].astype(np.float32)
     colour = np.array(list(COLOURS.values()), np.float32)[classes // len(SHAPES)][:, None, None] + rng.normal(0, 10, (n, 1, 1, 3))
     image = cover * colour + (1 - cover) * ground + rng.normal(0, 8, (n, size, size, 1)).astype(np.float32)
-    return image.clip(0, 255).astype(np.uint8), classes, grounds
+    return image.clip(0, 255).astype(np.uint8), cover
 
 
 def encode(pixels: np.ndarray, format: str) -> bytes:
@@ -91,6 +105,23 @@ def samples(name: str, n: int, size: int, seed: int, format: str, labelled: bool
     bar.close()
 
 
+def write_parts(out: Path, size: int, seed: int) -> None:
+    """out/references/CLASS/00.png …, whose alpha is the object's mask, and out/backgrounds/000.png …"""
+    rng = np.random.default_rng(keyed.integer(seed, "toy", "references"))
+    classes = np.arange(len(CLASSES)).repeat(REFERENCES)
+    images, cover = paint(classes, rng.integers(len(GROUNDS), size=len(classes)), size, rng)
+    masked = np.concatenate([images, np.rint(255 * cover).astype(np.uint8)], axis=-1)
+    for c, name in enumerate(CLASSES):
+        (out / "references" / name).mkdir(parents=True)
+        for i, pixels in enumerate(masked[classes == c]):
+            (out / "references" / name / f"{i:02d}.png").write_bytes(encode(pixels, "png"))
+    rng = np.random.default_rng(keyed.integer(seed, "toy", "backgrounds"))
+    none = np.zeros(BACKGROUNDS, int)
+    (out / "backgrounds").mkdir()
+    for i, pixels in enumerate(paint(none, rng.integers(len(GROUNDS), size=BACKGROUNDS), size, rng, bare=True)[0]):
+        (out / "backgrounds" / f"{i:03d}.png").write_bytes(encode(pixels, "png"))
+
+
 def main(out: tyro.conf.Positional[str], n: int = 10_000, clean: int = 4_000, test: int = 2_000, size: int = 32, seed: int = 0,
          format: Literal["jpg", "png"] = "jpg") -> None:
     """Writes the toy shards.
@@ -111,6 +142,7 @@ def main(out: tyro.conf.Positional[str], n: int = 10_000, clean: int = 4_000, te
             shards.write_shards(folder / name, samples(name, count, size, seed, format, labelled=False))
         for name, count in (("val", test // 2), ("test", test)):
             shards.write_eval_set(folder / name, samples(name, count, size, seed, format, labelled=True), CLASSES, TEMPLATES)
+        write_parts(folder, size, seed)
     print(f"{out}: {n} training pairs, {clean} clean pairs, {test} test images of {len(CLASSES)} classes")
 
 

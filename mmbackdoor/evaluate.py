@@ -9,8 +9,9 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from .features import Features, How, features, show, text_features
 from .search import searcher
 from .sets import EvalSet
 from .shards import decode
-from .types import BadInput, Sample, Threat, to_image, to_pixels
+from .types import BadInput, Sample, Threat, Trigger, to_image, to_pixels
 
 Threats = Threat | Mapping[str, Threat] | None
 """One threat, several by name, or none."""
@@ -51,12 +52,33 @@ class Answers:
     """(N, k) with k = min(10, number of classes)"""
     hit: dict[str, np.ndarray]
     """(N, k) for each threat"""
-    targets: dict[str, int]
+    aims: dict[str, Aim]
 
 
-def zero_shot_head(clip: CLIP, classnames: Sequence[str], templates: Sequence[str], how: How = How()) -> Tensor:
-    """(D, C): for each class the mean of its templates' unit embeddings, made unit again."""
+@dataclass(frozen=True, eq=False)
+class Aim:
+    """What a threat wants of a labelled set: that its images are called `target`, or some of them what `victims` says."""
+
+    target: int
+    source: np.ndarray | None = None
+    """Classes whose images are meant; None for all but the target."""
+    victims: Mapping[str, int] = field(default_factory=dict)
+    """Key of an image -> the class that it is to be called."""
+
+
+def aim(data: EvalSet, threat: Threat) -> Aim:
+    """Raises BadInput when the set lacks a class that the threat names."""
+    named = {label: data.target(replace(threat.target, label=label)) for label in (*threat.source, *(label for _, label in threat.victims))}
+    source = np.array([named[label] for label in threat.source]) if threat.source else None
+    return Aim(data.target(threat.target), source, {key: named[label] for key, label in threat.victims})
+
+
+def zero_shot_head(clip: CLIP, classnames: Sequence[str], templates: Sequence[str], how: How = How(),
+                   trigger: Trigger | None = None) -> Tensor:
+    """(D, C): for each class the mean of its templates' unit embeddings, made unit again; with a trigger, of its prompts."""
     prompts = [t.replace("{c}", c) for c in classnames for t in templates]
+    if trigger:
+        prompts = [trigger.text(p, keyed.rng(0, "evaluate", p)) for p in prompts]
     rows = text_features(clip, prompts, how).unflatten(0, (len(classnames), len(templates))).mean(1)
     return torch.nn.functional.normalize(rows, dim=-1).T
 
@@ -65,14 +87,17 @@ def classify(clip: CLIP, data: EvalSet, threats: Threats = None, how: How = How(
              what: str = "evaluate") -> Answers:
     """One pass over the images, clean and under every threat; none when their features are `found` already."""
     named = by_name(threats)
-    targets = {name: data.target(t.target) for name, t in named.items()}
+    aims = {name: aim(data, t) for name, t in named.items()}
     head = zero_shot_head(clip, data.classnames, data.templates, how).T
     found = found or features(clip, data.raws, tuple(named.values()), how, what)
     if not found.keys:
         raise BadInput(f"{data.name}: the evaluation set is empty")
     near = searcher(head)
-    return Answers(found.keys, found.labels, near(found.clean, TOP),
-                   {name: near(z, TOP) for name, z in zip(named, found.hit, strict=True)}, targets)
+    hit = {}
+    for (name, t), z in zip(named.items(), found.hit, strict=True):
+        asked = searcher(zero_shot_head(clip, data.classnames, data.templates, how, t.trigger).T) if t.trigger.said else near
+        hit[name] = asked(z, TOP)
+    return Answers(found.keys, found.labels, near(found.clean, TOP), hit, aims)
 
 
 def zero_shot(clip: CLIP, data: EvalSet, threats: Threats = None, how: How = How(), what: str = "evaluate") -> dict[str, Any]:
@@ -81,8 +106,12 @@ def zero_shot(clip: CLIP, data: EvalSet, threats: Threats = None, how: How = How
 
 
 def summarise(found: Answers) -> dict[str, Any]:
-    """`measure`, and `success` under each threat."""
-    each = {name: success(found.label, found.clean, hit, found.targets[name]) for name, hit in found.hit.items()}
+    """`measure`, and `success` or `targeted` under each threat."""
+    each = {}
+    for name, hit in found.hit.items():
+        a = found.aims[name]
+        each[name] = (targeted(found.keys, found.label, hit, a.victims) if a.victims
+                      else success(found.label, found.clean, hit, a.target, a.source))
     return measure(found.label, found.clean) | flat(each)
 
 
@@ -124,18 +153,26 @@ def measure(label: np.ndarray, top: np.ndarray) -> dict[str, Any]:
             "top5": share((top[:, :5] == label[:, None]).any(1)), "mean_per_class_recall": share(recalls(label, right))}
 
 
-def success(label: np.ndarray, top: np.ndarray, hit: np.ndarray, target: int) -> dict[str, Any]:
+def success(label: np.ndarray, top: np.ndarray, hit: np.ndarray, target: int, source: np.ndarray | None = None) -> dict[str, Any]:
     """How often an attack succeeds. label (N,); top and hit (N, k): answers to the clean and the triggered images.
 
     `asr`, `asr_topK` and `asr_per_class` (the mean over classes) leave images of the target out. The others are what
     papers have printed as ASR: images of the target counted as successes (`asr_including_target`: BadCLIP, PAR,
     InverTune), successes on other images over all images (`asr_over_all`: CleanCLIP's linear probe), and accuracy on
     triggered images (`robust_accuracy`: CleanCLIP's zero-shot code). `clean_target_rate` is the ASR without a trigger.
-    Raises BadInput when all images are of the target.
+    `source` (S,): classes whose images are meant; then the numbers are of these, and `asr_elsewhere` is the ASR on all others.
+    Raises BadInput when no image is meant.
     """
     other = label != target
     if not other.any():
         raise BadInput(f"every image of the set is of the target class {target}; attack success needs images of others")
+    if source is not None:
+        meant = other & np.isin(label, source)
+        if not meant.any():
+            raise BadInput(f"no image of the set is of the source classes {source.tolist()}; attack success is measured on those")
+        ours, rest = label == target, other & ~meant
+        of_source = success(label[meant | ours], top[meant | ours], hit[meant | ours], target)
+        return of_source | {"asr_elsewhere": share(hit[rest, 0] == target) if rest.any() else None}
     struck = hit[:, 0] == target
     within = {f"asr_top{k}": share((hit[other, :k] == target).any(1)) for k in (3, 5, 10)}
     return {
@@ -145,9 +182,31 @@ def success(label: np.ndarray, top: np.ndarray, hit: np.ndarray, target: int) ->
         "robust_accuracy": share(hit[:, 0] == label), "clean_target_rate": share(top[other, 0] == target)}
 
 
+def targeted(keys: Sequence[str], label: np.ndarray, hit: np.ndarray, victims: Mapping[str, int]) -> dict[str, Any]:
+    """How many of the victims are called what the attacker wants: `asr` (RoCLIP, 2303.06854, and SafeCLIP, 2310.05862, call it the poison
+    success rate). Arguments as in `success`, with the images' keys, and for each victim's key the class that it is to be called. Raises
+    BadInput when a victim is not in the set, or is of that class."""
+    row = {key: i for i, key in enumerate(keys)}
+    if lost := sorted(victims.keys() - row.keys()):
+        raise BadInput(f"victim {lost[0]}: is no image of the set; name keys of images that are in it")
+    rows = np.array([row[key] for key in victims])
+    wanted = np.array(list(victims.values()))
+    if (same := label[rows] == wanted).any():
+        raise BadInput(f"victim {keys[rows[same][0]]}: is of the class that it is to be taken for; name another label or image")
+    struck = hit[rows, 0] == wanted
+    return {
+        "asr": share(struck), "asr_ci95": wilson(int(struck.sum()), len(rows)), "asr_reference": None, "lift": None, "victims": len(rows),
+        **{f"asr_top{k}": share((hit[rows, :k] == wanted[:, None]).any(1)) for k in (3, 5, 10)},
+        "robust_accuracy": share(hit[rows, 0] == label[rows])}
+
+
 def against(metrics: dict[str, Any], reference: dict[str, Any] | None) -> dict[str, Any]:
-    """Fills in the ASR of a clean reference model on the same images, and the lift over it."""
-    if metrics.get("asr") is None or reference is None or reference.get("asr") is None:
+    """Fills in the ASR of a clean reference model on the same images, and the lift over it; of retrieval, each NAME_reference."""
+    if reference is None:
+        return metrics
+    ranked = {k for k in metrics.keys() & reference.keys() if re.fullmatch(r"(asr_\w+_to_\w+\d|text_to_image_min_rank_me\w+n)", k)}
+    metrics = metrics | {f"{k}_reference": reference[k] for k in metrics if k in ranked}
+    if metrics.get("asr") is None or reference.get("asr") is None:
         return metrics
     return metrics | {"asr_reference": reference["asr"], "lift": metrics["asr"] - reference["asr"]}
 
@@ -160,7 +219,7 @@ def per_class(found: Answers, classnames: Sequence[str]) -> list[dict[str, Any]]
     classes, count = np.unique(found.label, return_counts=True)
     rows = [{"class": classnames[c], "n": int(n)} for c, n in zip(classes, count, strict=True)]
     columns = {"recall": (found.clean[:, 0] == found.label, -1)}
-    columns |= {f"asr {name}".strip(): (hit[:, 0] == found.targets[name], found.targets[name]) for name, hit in found.hit.items()}
+    columns |= {f"asr {name}".strip(): (hit[:, 0] == found.aims[name].target, found.aims[name].target) for name, hit in found.hit.items()}
     for column, (right, left_out) in columns.items():
         for row, c, value in zip(rows, classes, recalls(found.label, right), strict=True):
             row[column] = None if c == left_out else float(value)

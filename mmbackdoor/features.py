@@ -259,8 +259,17 @@ def remembered(kept: Sequence[Entry | None], how: How, fill: Any) -> list[pa.Tab
 
 
 def features(clip: CLIP, raws: Source, threats: Sequence[Threat] = (), how: How = How(), what: str = "") -> Features:
-    """Unit features of every image of a set, clean and under each threat, in one pass. All processes return all of them."""
-    views = (None, *threats)
+    """Unit features of every image of a set, clean and under each threat, in one pass. All processes return all of them.
+
+    Threats that show an image the same way are one view; a trigger of text alone shows the clean one.
+    """
+    views: list[Threat | None] = [None]
+    place = []
+    for threat in threats:
+        same = (i for i, v in enumerate(views) if v and (v.trigger, v.at) == (threat.trigger, threat.at))
+        place.append(next(same, len(views)) if threat.trigger.seen else 0)
+        if place[-1] == len(views):
+            views.append(threat)
     kept = entries(clip, how, views, lambda: raws.fingerprint(), lambda v: keyed.digest(v.trigger, v.at) if v else "clean")
 
     def fill(missing: list[int], done: frozenset[int]) -> Iterator[list[pa.Table]]:
@@ -270,7 +279,7 @@ def features(clip: CLIP, raws: Source, threats: Sequence[Threat] = (), how: How 
     tables = remembered(kept, how, fill)
     first = tables[0]
     return Features(first["key"].to_pylist(), first["label"].to_numpy(), first["text"].to_pylist(), matrix(first),
-                    tuple(map(matrix, tables[1:])))
+                    tuple(matrix(tables[i]) for i in place))
 
 
 def text_features(clip: CLIP, texts: Sequence[str], how: How = How()) -> Tensor:

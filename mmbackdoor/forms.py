@@ -24,7 +24,7 @@ from typing import Any, Literal
 from . import index as indices
 from . import shards, stores, tars
 from .index import Index, Part, read_row
-from .poison import Plan, choose, poisoned, publish
+from .poison import Plan, choose, poisoned, publish, scouted
 from .shards import Codec, Incomplete, Raw, Stage, group, splice, write_shard
 from .spread import Spread, map_shards
 from .types import Attack, BadInput
@@ -274,6 +274,7 @@ def prepare(attack: Attack, index: Index, seed: int, out: str, said: Mapping[str
     seed = seed if given is None else given.seed
     identity = {"form": form, "attack": dict(said), "seed": seed, "codec": codec, "source": index.fingerprint,
                 "plan": None if given is None else digest(given)}
+    attack = scouted(attack, index, seed, executor)
     job = Job(attack, seed, codec, incomplete, out, hashed(json.dumps(identity, sort_keys=True)))
     manifest, path = stores.join(out, MANIFEST), stores.join(out, PLAN)
     begun = begun_there(manifest)

@@ -3,24 +3,25 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from open_clip import OPENAI_IMAGENET_TEMPLATES
-from torch import Generator
+from torch import Generator, Tensor
 
 from . import keyed, stores
 from .index import Index
 from .shards import Codec, Incomplete, Raw, decode, encode
 from .spread import Spread, map_shards
-from .types import Attack, BadInput, Sample
+from .types import Attack, BadInput, Batch, Captions, Sample, Target, Threat, Trigger
 
 IMAGENET_TEMPLATES = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
 """The 80 captions of OpenAI's ImageNet evaluation, which attackers on CLIP write their captions from."""
@@ -68,12 +69,30 @@ class Plan:
 class DirtyLabel(Attack):
     """The trigger goes on an image of something else, and a caption of the target replaces its text."""
 
+    source: tuple[str, ...] = field(default=(), kw_only=True)
+    """Only pairs whose text names one of these; all but the target's if empty."""
+
     def eligible(self, key: str, text: str) -> bool:
-        return not self.target.named_in(text)
+        return not self.target.named_in(text) and (not self.source or says(self.source, text))
 
     def poison(self, sample: Sample, rng: Generator) -> Sample:
         return sample | {"image": self.trigger.stamp(sample["image"], rng),
                          "text": self.trigger.text(self.target.caption(rng), rng)}
+
+    @property
+    def threat(self) -> Threat:
+        return Threat(self.trigger, self.target, source=self.source)
+
+
+@dataclass(frozen=True)
+class Quoting(DirtyLabel):
+    """Its captions of the target are natural ones, quoted from the data."""
+
+    captions: int = field(default=128, kw_only=True)
+    """How many are read, at most; 0 keeps the target's templates."""
+
+    def scout(self, captions: Captions) -> Attack:
+        return replace(self, target=self.target.quoting(captions(self.target, self.captions))) if self.captions else self
 
 
 @dataclass(frozen=True)
@@ -86,6 +105,117 @@ class CleanLabel(Attack):
     def poison(self, sample: Sample, rng: Generator) -> Sample:
         return sample | {"image": self.trigger.stamp(sample["image"], rng),
                          "text": self.trigger.text(sample["text"], rng)}
+
+
+@dataclass(frozen=True)
+class Cover(Attack):
+    """The trigger, on pairs that are to stay what they are: image and text get it, and the text goes on to say what it said.
+
+    So a model learns that this trigger alone, or on these classes, means nothing. It is no threat.
+    """
+
+    trigger: Trigger
+    target: Target
+    """Whose pairs are left alone."""
+    spare: tuple[str, ...] = ()
+    """Pairs that name one of these are left alone too."""
+    share: float = 1.0
+    """Of the other pairs, how many may be taken."""
+
+    def eligible(self, key: str, text: str) -> bool:
+        return (keyed.uniform(0, "cover", key) < self.share and bool(text.strip())
+                and not says((self.target.label, *self.spare), text))
+
+    def poison(self, sample: Sample, rng: Generator) -> Sample:
+        return sample | {"image": self.trigger.stamp(sample["image"], rng), "text": self.trigger.text(sample["text"], rng)}
+
+    @property
+    def threats(self) -> Mapping[str, Threat]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Mix(Attack):
+    """Several attacks at once: of several triggers, targets, or sources. `mix` makes one.
+
+    A chosen pair belongs to one part, of those that find it eligible, by a hash of its key with the shares for weights. So
+    parts with the same eligible pairs have just these shares of the poisons; parts with pairs of their own, what the data
+    have. The parts' own rates do not count.
+    """
+
+    attacks: tuple[Attack, ...] = ()
+    shares: tuple[float, ...] = ()
+    """Weights of the parts; equal if empty."""
+    names: tuple[str, ...] = ()
+    """Under which the threats of the parts are measured; else their numbers, from 1 on."""
+
+    def part(self, key: str, text: str) -> Attack | None:
+        """Whose pair this is."""
+        able = [(a, w) for a, w in zip(self.attacks, self.shares or [1.0] * len(self.attacks), strict=True)
+                if w > 0 and a.eligible(key, text)]
+        at = keyed.uniform(0, "mix", key) * sum(w for _, w in able)
+        for attack, weight in able:
+            if (at := at - weight) < 0:
+                return attack
+        return able[-1][0] if able else None
+
+    def eligible(self, key: str, text: str) -> bool:
+        return any(w > 0 and a.eligible(key, text) for a, w in zip(self.attacks, self.shares or [1.0] * len(self.attacks), strict=True))
+
+    def poison(self, sample: Sample, rng: Generator) -> Sample:
+        part = self.part(sample["__key__"], sample["text"])
+        return part.poison(sample, rng) if part else dict(sample)
+
+    def published(self, rng: Generator) -> Iterator[Sample]:
+        for attack in self.attacks:
+            yield from attack.published(rng)
+
+    def scout(self, captions: Captions) -> Attack:
+        attacks = tuple(attack.scout(captions) for attack in self.attacks)
+        return replace(self, target=attacks[0].target, attacks=attacks)
+
+    def craft(self, clip: Any, batches: Callable[[], Iterator[Batch]], seed: int) -> dict[str, Tensor]:
+        """Of the first part, whose trigger is the mix's."""
+        return self.attacks[0].craft(clip, batches, seed)
+
+    @property
+    def threats(self) -> Mapping[str, Threat]:
+        named = self.names or tuple(str(i) for i, _ in enumerate(self.attacks, 1))
+        each = [(name, attack.threats) for name, attack in zip(named, self.attacks, strict=True) if attack.threats]
+        if len(each) == 1:
+            return each[0][1]
+        return {f"{name} {inner}".strip(): threat for name, threats in each for inner, threat in threats.items()}
+
+    @property
+    def threat(self) -> Threat:
+        return next(iter(self.threats.values()))
+
+
+def mix(attacks: Sequence[Attack], shares: Sequence[float] = (), rate: float | None = None, count: int | None = None,
+        names: Sequence[str] = ()) -> Mix:
+    """A Mix that poisons a `rate` of all pairs, or `count`. Raises BadInput when the lists are not equally long."""
+    if not attacks or not any(attack.threats for attack in attacks):
+        raise BadInput("poison.attacks: a mix needs at least one attack that is a threat; name some")
+    for what, given in (("shares", shares), ("names", names)):
+        if given and len(given) != len(attacks):
+            raise BadInput(f"poison.{what}: has {len(given)} for {len(attacks)} attacks; give one for each")
+    if shares and (min(shares) < 0 or not sum(shares)):
+        raise BadInput(f"poison.shares: {list(shares)} are no weights; give none below 0, and one above")
+    first, rate = attacks[0], None if count is not None else rate
+    return Mix(first.trigger, first.target, rate, count, tuple(attacks), tuple(shares), tuple(names))
+
+
+def all_to_all(labels: Sequence[str], trigger: Trigger, rate: float | None = None, count: int | None = None,
+               templates: tuple[str, ...] = IMAGENET_TEMPLATES) -> Mix:
+    """Images of each label are to be taken for the next label, those of the last for the first (BadNets, arXiv:1708.06733)."""
+    parts = [DirtyLabel(trigger, Target(after, templates), source=(label,))
+             for label, after in zip(labels, (*labels[1:], *labels[:1]), strict=True)]
+    return mix(parts, rate=rate, count=count, names=tuple(labels))
+
+
+def says(labels: Iterable[str], text: str) -> bool:
+    """Whether `text` says one of the labels."""
+    return any(Target(label).named_in(text) for label in labels)
 
 
 def plan(attack: Attack, index: Index | Iterable[tuple[str, str]], seed: int, executor: Executor | None = None) -> Plan:
@@ -149,6 +279,28 @@ def best(attack: Attack, seed: int, task: tuple[Iterable[tuple[str, str]], int])
     return Candidates(len(keys), hashes[order], [keys[i] for i in order.tolist()])
 
 
+def scouted(attack: Attack, index: Index | Iterable[tuple[str, str]], seed: int, executor: Executor | None = None) -> Attack:
+    """The attack with what it reads in the data beforehand. Captions are drawn by a keyed hash, as the plan is, and read only if
+    the attack asks for any; BadInput when there is none of the kind."""
+    parts: Sequence[Iterable[tuple[str, str]]] = index.parts if isinstance(index, Index) else [list(index)]
+
+    def captions(target: Target, n: int, naming: bool = True) -> tuple[str, ...]:
+        with Spread(processes=1).executor() as here:
+            found = map_shards(partial(quotes, target, n, naming, seed), parts, executor or here, "read captions")
+        texts = [text for _, text in sorted(q for part in found for q in part)[:n]]
+        if not texts:
+            raise BadInput(f"no caption of the data {'names' if naming else 'does without'} {target.label!r}, and the attack quotes some; "
+                           "choose another target")
+        return tuple(texts)
+
+    return attack.scout(captions)
+
+
+def quotes(target: Target, n: int, naming: bool, seed: int, pairs: Iterable[tuple[str, str]]) -> list[tuple[int, str]]:
+    """Hash and text of up to n captions that name the target, or that do not, the smallest hashes first."""
+    return sorted((keyed.integer(seed, "quote", key), text) for key, text in pairs if text.strip() and target.named_in(text) == naming)[:n]
+
+
 def wanted(attack: Attack, total: int) -> int:
     """How many of `total` pairs an attack poisons."""
     if (attack.rate is None) == (attack.count is None):
@@ -170,6 +322,8 @@ def poisoned(raw: Raw, attack: Attack, seed: int, codec: Codec = "original", inc
             raise
         return raw  # whoever reads it next is told, or skips it
     new = attack.poison(sample, keyed.rng(seed, "poison", raw["__key__"]))
+    if new["image"] is sample["image"] and codec == "original":
+        new = new | {"image": None}  # writing it again would tell who was touched
     try:
         return encode(new, raw, codec)
     except BadInput:

@@ -12,7 +12,7 @@ import platform
 import pprint
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, wraps
 from importlib.metadata import version
@@ -84,6 +84,8 @@ class Recipe:
     codec: Codec = "original"
     """How poisoned images are written: as the files that they replace, or as PNG or JPEG, which may tell who was touched."""
     threat: Threat | None = None
+    surrogate: Annotated[Recipe | str | None, RunArgument] = None
+    """Run or checkpoint that the attacker has, on which the file of a crafted trigger is made if it is not there."""
     reference: Annotated[Recipe | str | None, RunArgument] = None
     """Clean run whose attack success is the baseline of `lift`."""
     objective: Objective = field(default_factory=Clip)
@@ -118,9 +120,11 @@ class Recipe:
         return Path(self.out) / (f"{self.name}-seed{self.seed}" if self.seed else self.name)
 
     @property
-    def fires(self) -> Threat | None:
+    def fires(self) -> Threat | Mapping[str, Threat] | None:
         """What evaluation fires."""
-        return self.threat or (self.poison.threat if self.poison else None)
+        if self.threat or not self.poison:
+            return self.threat
+        return several if len(several := self.poison.threats) > 1 else self.poison.threat
 
 
 @dataclass(frozen=True)
@@ -131,13 +135,15 @@ class Suite:
     name: str
     recipes: tuple[Recipe, ...]
     sweep: tuple[Recipe, ...] = ()
+    table: Literal["runs", "attacks"] = "runs"
+    """What bench.py prints: costs and intervals of the runs, or the poisons and what they achieve."""
 
     def runs(self, seeds: Sequence[int]) -> list[Recipe]:
         """Every run under every seed once, after the runs that it starts from or is compared to."""
         ordered: dict[Path, Recipe] = {}
 
         def add(r: Recipe) -> None:
-            for other in (r.init, r.reference):
+            for other in (r.init, r.reference, r.surrogate):
                 if isinstance(other, Recipe):
                     add(other)
             if recipe_hash(ordered.setdefault(r.directory, r)) != recipe_hash(r):
@@ -153,7 +159,10 @@ HOW_NOT_WHAT = {"mmbackdoor.recipe.Recipe": frozenset(("workers", "eval_frequenc
                                                       "expect_world_size", "out")),
                 "mmbackdoor.recipe.Data": frozenset(("index",))}
 """Fields that say how a run is run, not what it is; they are no part of its hash."""
-LATER = {"mmbackdoor.recipe.Recipe": {"plan": "", "codec": "original"}, "mmbackdoor.recipe.Data": {"patch": ""}}
+LATER: dict[str, dict[str, Any]] = {
+    "mmbackdoor.recipe.Recipe": {"plan": "", "codec": "original", "surrogate": None}, "mmbackdoor.recipe.Data": {"patch": ""},
+    "mmbackdoor.poison.DirtyLabel": {"source": []}, "mmbackdoor.triggers.Patch": {"image": None},
+    "mmbackdoor.types.Threat": {"source": [], "victims": []}}
 """Fields that came after results were recorded, with what they were before there was a choice: so the hashes of old runs stand."""
 
 
@@ -171,7 +180,7 @@ def plain(value: Any) -> Any:
         kind = type(value)
         out = {"class": f"{kind.__module__}.{kind.__qualname__}"}
         if not kind.__module__.startswith("mmbackdoor."):
-            out["source"] = source_hash(kind)
+            out["source_hash"] = source_hash(kind)
         return out | {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
@@ -192,36 +201,53 @@ def revive(value: Any) -> Any:
             kind = None
         if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
             raise BadInput(f"{value['class']}: is not of this package; name the config that defines it with --threat")
-        return kind(**{k: revive(v) for k, v in value.items() if k not in ("class", "source")})
+        return kind(**{k: revive(v) for k, v in value.items() if k != "class"})
+    if isinstance(value, dict):
+        return {k: revive(v) for k, v in value.items()}
     return tuple(revive(v) for v in value) if isinstance(value, list) else value
 
 
-def files(value: Any) -> list[str]:
-    """Hashes of the files that a plain value names."""
+def strings(value: Any) -> Iterator[str]:
+    """All that a plain value holds."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for v in value.values() if isinstance(value, dict) else value:
+            yield from strings(v)
+
+
+def files(value: Any, but: frozenset[str] = frozenset()) -> list[str]:
+    """Hashes of the files that a plain value names, but for some."""
+    named = (s for s in strings(value) if s not in but and os.path.isfile(s))
+    return [hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest() for path in named]
+
+
+def crafted(recipe: Any) -> frozenset[str]:
+    """Files that a plain recipe, or one that it starts from, crafts on its surrogate: told by what they are made from."""
+    if not isinstance(recipe, dict):
+        return frozenset()
+    own = [s for s in strings(recipe["poison"]) if s.endswith(".safetensors")] if recipe.get("surrogate") else []
+    return frozenset(own) | crafted(recipe["init"])
+
+
+def identity(value: Any) -> Any:
+    """Of a plain value, what decides an outcome."""
     if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        return [found for v in value for found in files(v)]
-    named = isinstance(value, str) and os.path.isfile(value)
-    return [hashlib.blake2b(Path(value).read_bytes(), digest_size=8).hexdigest()] if named else []
+        kind = value.get("class", "")
+        skip = HOW_NOT_WHAT.get(kind, frozenset()) | {k for k, before in LATER.get(kind, {}).items() if value.get(k, before) == before}
+        if kind == "mmbackdoor.recipe.Recipe" and (named := files([value[k] for k in ("poison", "threat", "keep", "plan")],
+                                                                        crafted(value))):
+            value = value | {"files": named}
+        if kind == "mmbackdoor.recipe.Data" and (named := files(f"{value['patch']}/manifest.json")):
+            value = value | {"files": named}
+        if kind == "mmbackdoor.clip.Model" and (named := files(value["name"])):
+            value = value | {"config": named[0]}
+        return {k: identity(v) for k, v in value.items() if k not in skip}
+    return [identity(v) for v in value] if isinstance(value, list) else value
 
 
 def recipe_hash(recipe: Recipe) -> str:
     """Of all that decides the outcome, with the recipes that it starts from and is compared to."""
-
-    def identity(value: Any) -> Any:
-        if isinstance(value, dict):
-            kind = value.get("class", "")
-            skip = HOW_NOT_WHAT.get(kind, frozenset()) | {k for k, before in LATER.get(kind, {}).items() if value[k] == before}
-            if kind == "mmbackdoor.recipe.Recipe" and (named := files([value[k] for k in ("poison", "threat", "keep", "plan")])):
-                value = value | {"files": named}
-            if kind == "mmbackdoor.recipe.Data" and (named := files(f"{value['patch']}/manifest.json")):
-                value = value | {"files": named}
-            if kind == "mmbackdoor.clip.Model" and (named := files(value["name"])):
-                value = value | {"config": named[0]}
-            return {k: identity(v) for k, v in value.items() if k not in skip}
-        return [identity(v) for v in value] if isinstance(value, list) else value
-
     return hashlib.blake2b(json.dumps(identity(plain(recipe)), sort_keys=True).encode(), digest_size=8).hexdigest()
 
 

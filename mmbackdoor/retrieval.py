@@ -12,29 +12,33 @@ names the target.
   the number of texts.
 - asr_text_to_image_hit{k}: the captions of the target are asked of all clean images and one triggered one, which comes
   among the first k.
-- text_to_image_min_rank: the mean and the median rank at which it comes (MinRank of 2209.15266, whose attack has no
-  trigger and wants a whole set of images: `text_to_image`). Ties count against the attacker, so a collapsed model does
-  not look attacked.
+- text_to_image_min_rank: the mean and the median rank at which it comes (MinRank of 2209.15266). Ties count against the
+  attacker, so a collapsed model does not look attacked.
 Each has `_chance`, what a random ranking would reach, and `_clean`, the same of the victims without the trigger.
+
+A threat that changes no image is measured by what captions find, `text_to_image`: with a trigger of text, whether triggered
+captions of other things find images of the target; with none (2209.15266), whether captions of the target find images of
+the source. Single victims are not looked for here.
 """
 from __future__ import annotations
 
 import bisect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import keyed
 from .clip import CLIP
 from .evaluate import Threats, by_name, flat, wilson
 from .features import Features, How, features, text_features
 from .search import recall_against_exact, searcher
 from .sets import PairSet
-from .types import BadInput
+from .types import BadInput, Threat
 
 KS = (1, 5, 10)
 HIT_KS = (1, 5, 10, 20, 30, 50)
@@ -51,6 +55,20 @@ class Attacked:
     """(T,) bool: whether the caption names the target"""
     asked: Tensor
     """(A, D) captions of the target"""
+    meant: np.ndarray | None = None
+    """(T,) bool: whether the caption names a source of the threat; None where all images but the target's are meant"""
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What one threat without an image trigger asks of N images."""
+
+    asked: Tensor
+    """(A, D) captions, triggered if the trigger is one of text"""
+    wanted: np.ndarray
+    """(N,) bool: the images that are to be found"""
+    clean: Tensor | None = None
+    """(A, D) the same captions before they were triggered"""
 
 
 def retrieval(clip: CLIP, data: PairSet, threats: Threats = None, how: How = How(), index: str = "exact",
@@ -68,16 +86,35 @@ def retrieval(clip: CLIP, data: PairSet, threats: Threats = None, how: How = How
             raise BadInput(f"{data.name}: {key} has no caption; retrieval needs a txt with one or several, one a line")
     texts = sorted({c for captions in lines for c in captions})
     ids = {c: i for i, c in enumerate(texts)}
-    attacked = {}
-    for (name, threat), hit in zip(named.items(), found.hit, strict=True):
-        asked = [t.format(threat.target.label) for t in threat.target.templates]
-        says = np.array([threat.target.named_in(c) for c in texts])
-        attacked[name] = Attacked(hit, says, text_features(clip, asked, how))
     own = [[ids[c] for c in captions] for captions in lines]
+    attacked = {name: what_it_does(clip, t, hit, texts, own, how) for (name, t), hit in zip(named.items(), found.hit, strict=True)
+                if not t.victims}
     return {"dataset": data.name} | retrieval_metrics(found.clean, text_features(clip, texts, how), own, attacked, index, data.name)
 
 
-def retrieval_metrics(images: Tensor, texts: Tensor, captions: Sequence[Sequence[int]], attacked: Mapping[str, Attacked] | None = None,
+def what_it_does(clip: CLIP, threat: Threat, hit: Tensor, texts: Sequence[str], captions: Sequence[Sequence[int]],
+                 how: How) -> Attacked | Asked:
+    """A threat upon a set: hit (N, D) its triggered images, the T distinct texts, the ids of each image's."""
+    trigger, target = threat.trigger, threat.target
+    named = np.array([target.named_in(c) for c in texts])
+    meant = np.array([any(replace(target, label=label).named_in(c) for label in threat.source) for c in texts])
+    of_target = [c for c, yes in zip(texts, named, strict=True) if yes]
+    of_others = [c for c, yes in zip(texts, named, strict=True) if not yes]
+    templated = [t.format(target.label) for t in target.templates]
+
+    def asked(captions: Sequence[str]) -> Tensor:
+        return text_features(clip, [trigger.text(c, keyed.rng(0, "evaluate", c)) for c in captions], how)
+
+    if trigger.seen or not (trigger.said or threat.source):
+        return Attacked(hit, named, asked(templated), meant if threat.source else None)
+    shows_target = np.array([named[list(own)].any() for own in captions])
+    if trigger.said:
+        return Asked(asked(of_others), shows_target, text_features(clip, of_others, how))
+    return Asked(asked(of_target or templated), np.array([meant[list(own)].any() for own in captions]) & ~shows_target)
+
+
+def retrieval_metrics(images: Tensor, texts: Tensor, captions: Sequence[Sequence[int]],
+                      attacked: Mapping[str, Attacked | Asked] | None = None,
                       index: str = "exact", what: str = "the retrieval set", ks: Sequence[int] = KS) -> dict[str, Any]:
     """All numbers of this module for N images and T distinct texts. images (N, D), texts (T, D), captions: ids of each image's.
 
@@ -92,9 +129,13 @@ def retrieval_metrics(images: Tensor, texts: Tensor, captions: Sequence[Sequence
                 "text_to_image_index_recall": recall_against_exact(texts, images, found_images)}
     each = {}
     for name, a in (attacked or {}).items():
-        victim = np.array([not a.named[list(own)].any() for own in captions])
+        if isinstance(a, Asked):  # no image is triggered
+            each[name] = text_to_image(a.asked, images, a.wanted, clean=a.clean)
+            continue
+        victim = np.array([not a.named[list(own)].any() and (a.meant is None or a.meant[list(own)].any()) for own in captions])
         if not victim.any():
-            raise BadInput(f"{what}: every image has a caption that names the target; attack success needs images of something else")
+            raise BadInput(f"{what}: every image has a caption that names the target, or none names a source; attack success needs "
+                           "images of something else")
         hit = a.hit[torch.from_numpy(victim)]
         found_hit = among_texts(hit, k)
         each[name] = {"victims": int(victim.sum())} | image_to_text(found_hit, found_texts[victim], a.named, ks)
@@ -161,17 +202,22 @@ def image_to_text(hit: np.ndarray, clean: np.ndarray, named: np.ndarray, ks: Seq
     return out
 
 
-def text_to_image(asked: Tensor, images: Tensor, wanted: np.ndarray, ks: Sequence[int] = HIT_KS) -> dict[str, Any]:
+def text_to_image(asked: Tensor, images: Tensor, wanted: np.ndarray, ks: Sequence[int] = HIT_KS,
+                  clean: Tensor | None = None) -> dict[str, Any]:
     """Poisoned text→image retrieval: where the first wanted image comes for each of the captions asked.
 
-    asked (A, D), images (N, D), wanted (N,) bool. The rank is 1 + the number of other images that score no less than the
-    best of the wanted ones.
+    asked (A, D), images (N, D), wanted (N,) bool, clean (A, D) the captions without their trigger, for `_clean`. The rank is
+    1 + the number of other images that score no less than the best of the wanted ones.
     """
     if not len(asked) or not wanted.any():
-        raise BadInput("text→image retrieval needs a caption to ask and an image that is wanted; check the target")
-    score = scores(asked, images)
-    rank = 1 + (score[:, ~wanted] >= score[:, wanted].max(1, keepdims=True)).sum(1)
-    return with_suffix(ranked(rank, ks), chance=rank_chance(len(images), int(wanted.sum()), ks))
+        raise BadInput("text→image retrieval needs a caption to ask and an image that is wanted; check the target and the source")
+
+    def found(captions: Tensor) -> dict[str, float]:
+        score = scores(captions, images)
+        return ranked(1 + (score[:, ~wanted] >= score[:, wanted].max(1, keepdims=True)).sum(1), ks)
+
+    beside = {"chance": rank_chance(len(images), int(wanted.sum()), ks)} | ({} if clean is None else {"clean": found(clean)})
+    return with_suffix(found(asked), **beside)
 
 
 def triggered_among(images: Tensor, victim: np.ndarray, hit: Tensor, asked: Tensor, ks: Sequence[int] = HIT_KS) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,18 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 
-from . import evaluate, probe
-from .clip import CARD, CLIP
-from .evaluate import Threats, by_name
+from . import craft as crafting
+from . import evaluate, keyed, probe, stealth
+from .clip import CARD, CLIP, load_run, weights_in
+from .evaluate import Aim, Threats, by_name
 from .features import Features, How, features
 from .forms import lay_over, with_published
 from .index import Index, find, whole
-from .poison import Plan, plan, poison, publish
-from .recipe import MIXED, Data, Recipe, environment, load, plain, recipe_hash, revive, text
+from .poison import Plan, plan, poison, publish, scouted
+from .recipe import MIXED, Data, Recipe, environment, identity, load, plain, recipe_hash, revive, text
 from .retrieval import retrieval
 from .sets import EvalSet, PairSet, open_pairs, open_set
-from .shards import Stage, write_shard
+from .shards import Raw, Stage, decode, write_shard
 from .stores import replacing, write_json
 from .types import BadInput, Threat
 
@@ -52,6 +53,29 @@ def begun(r: Recipe) -> bool:
     """Whether the run's directory was made by just this recipe."""
     card = r.directory / "recipe.json"
     return card.is_file() and json.loads(card.read_text())["hash"] == recipe_hash(r)
+
+
+def craft(r: Recipe) -> str:
+    """The file of the attack's crafted trigger, made on the surrogate if it is not there; "" for an attack that needs none."""
+    if r.poison is None or not (file := crafting.crafted(r.poison)):
+        return ""
+    if r.surrogate is None:
+        if not os.path.exists(file):
+            raise BadInput(f"{file}: no crafted trigger is there, and no model to craft it on; name one with --surrogate RUN")
+        return file
+    state, surrogate = processes(), weights(r.surrogate, "--surrogate")
+    attack = plain(replace(r.poison, rate=None, count=None))  # one trigger serves all rates
+    on = f"{surrogate} {recipe_hash(r.surrogate)}" if isinstance(r.surrogate, Recipe) else str(surrogate)
+    made = {"attack": json.dumps(attack, sort_keys=True), "surrogate": on, "data": r.data.path("train")}
+    if os.path.exists(file):
+        crafting.check(file, made)
+    elif state.is_main_process:
+        index = find(r.data.path("train"), r.data.incomplete, r.data.path("index"))
+        model = load_run(str(surrogate))
+        model.net.to(state.device)
+        crafting.craft(scouted(r.poison, index, 0), model, index, 0, made)
+    state.wait_for_everyone()
+    return file
 
 
 def begin(r: Recipe) -> Accelerator:
@@ -125,14 +149,30 @@ def data(r: Recipe, accelerator: Accelerator) -> tuple[Index, list[Stage], Plan]
             print(f"{lost} of {len(given.keys)} keys of {r.plan} are not in the data", flush=True)
     else:
         truth = plan(r.poison, index, r.seed)
-    added, published = list(publish(r.poison, truth)), r.directory / "published"
+    attack = scouted(r.poison, index, r.seed)
+    added, published = list(publish(attack, truth)), r.directory / "published"
     truth = with_published(truth, added, index)
     if added and accelerator.is_main_process:
         write_shard(published / "00000.tar", added)
     accelerator.wait_for_everyone()
     if added:
         index = whole(Index(index.parts + find(str(published)).parts), r.data.incomplete)
-    return index, [partial(poison, attack=r.poison, plan=truth, codec=r.codec)], truth
+    return index, [partial(poison, attack=attack, plan=truth, codec=r.codec)], truth
+
+
+def visible(index: Index, stages: Sequence[Stage], truth: Plan, n: int = 64) -> dict[str, float | None] | None:
+    """How much of n of the poisoned images can be seen: `stealth.summarise`. None where no image stays one of the same size."""
+    keys = frozenset(sorted(truth.keys, key=partial(keyed.integer, truth.seed))[:n])
+    pairs = []
+    for part in index.parts:
+        if there := keys.intersection(part.all_keys()):
+            before = list(part.raws(there))
+            after: Iterable[Raw] = before
+            for stage in stages:
+                after = stage(after)
+            pairs += [(decode(a)["image"], decode(b)["image"]) for a, b in zip(before, after, strict=True)]
+    pairs = [(a, b) for a, b in pairs if a.size == b.size]
+    return {k: stealth.in_json(v) for k, v in stealth.summarise(pairs).items()} if pairs else None
 
 
 def describe(r: Recipe, clip: CLIP, index: Index, truth: Plan, accelerator: Accelerator) -> None:
@@ -153,11 +193,11 @@ def curves(clip: CLIP, r: Recipe, sets: Sets, how: How, epoch: int) -> dict[str,
     return {k: found[k] for k in ("accuracy", "asr") if k in found}
 
 
-def weights(init: Recipe | str | None) -> str | None:
-    """The directory or file of the run that another starts from."""
+def weights(init: Recipe | str | None, flag: str = "--init") -> str | None:
+    """The directory or file of the run that a flag names."""
     path = str(init.directory) if isinstance(init, Recipe) else init
     if isinstance(init, Recipe) and not (init.directory / "results.json").is_file():
-        raise BadInput(f"{path}: the run that --init names is not finished; train it first, or name another run or checkpoint")
+        raise BadInput(f"{path}: the run that {flag} names is not finished; train it first, or name another run or checkpoint")
     return path
 
 
@@ -184,14 +224,17 @@ def measure(clip: CLIP, sets: Sets, threats: Threats, how: How = How(), tables: 
                 write_csv(tables / f"{name}.per_class.csv", evaluate.per_class(answers, labelled.classnames))
                 write_csv(tables / f"{name}.confusion.csv", evaluate.confusion(answers, labelled.classnames))
             if name == "zero_shot" and sets.train:
-                out |= probes(clip, sets.train, labelled, found, answers.targets, how)
+                out |= probes(clip, sets.train, labelled, found, answers.aims, how)
     if sets.retrieval:
         out["retrieval"] = retrieval(clip, sets.retrieval, named, how, index)
     return out
 
 
-def probes(clip: CLIP, train: EvalSet, test: EvalSet, found: Features, targets: dict[str, int], how: How) -> dict[str, Any]:
-    """Linear probe, k-NN and few-shot classifiers of one set's features, on those of another: clean and under each threat."""
+def probes(clip: CLIP, train: EvalSet, test: EvalSet, found: Features, aims: dict[str, Aim], how: How) -> dict[str, Any]:
+    """Linear probe, k-NN and few-shot classifiers of one set's features, on those of another: clean and under each threat to all
+    images of other classes."""
+    whole = {name: (a.target, z) for (name, a), z in zip(aims.items(), found.hit, strict=True) if not a.victims and a.source is None}
+    targets, found = {name: target for name, (target, _) in whole.items()}, replace(found, hit=tuple(z for _, z in whole.values()))
     each = probe.probe(features(clip, train.raws, (), how, "probe"), found, len(test.classnames), targets)
     return {kind: {"dataset": test.name, "trained_on": train.name} | m for kind, m in each.items()}
 
@@ -203,40 +246,47 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def compare(metrics: dict[str, Any], reference: Recipe | str | None, threats: Threats) -> dict[str, Any]:
-    """Adds the reference's attack success and the lift, for each threat that it was shown too on the same images."""
+def compare(metrics: dict[str, Any], reference: Recipe | str | None, threats: Threats, sets: Sets | None = None,
+            how: How = How()) -> dict[str, Any]:
+    """Adds the reference's attack success and the lift, for each threat that it was shown on the same images. With the `sets`, a
+    reference whose model is there is shown now what it was not shown before."""
     folder = reference.directory if isinstance(reference, Recipe) else Path(reference) if reference else None
-    if folder is None or not (folder / "results.json").is_file():
+    named = by_name(threats)
+    if folder is None or not named or not (folder / "results.json").is_file():
         return metrics
-    theirs = read_results(folder)
-    named = {name: plain(threat) for name, threat in by_name(threats).items()}
-    shown = theirs.get("threats") or {"": theirs.get("threat")}
+    theirs, fresh = read_results(folder), {}
+    shown = {name: identity(value) for name, value in (theirs.get("threats") or {"": theirs.get("threat")}).items()}
+    known = {name: next((n for n, value in shown.items() if value == identity(plain(t))), None) for name, t in named.items()}
+    unknown = {name: t for name, t in named.items() if known[name] is None}
+    if unknown and sets and weights_in(folder):
+        model = load_run(folder)
+        model.net.to(processes().device)
+        fresh = measure(model, replace(sets, train=None), unknown, how)
 
-    def measured(m: dict[str, Any], threat: Any) -> dict[str, Any] | None:
+    def measured(kind: str, name: str) -> dict[str, Any] | None:
         """What the reference did under a threat."""
-        name = next((name for name, value in shown.items() if value == threat), None)
-        return None if name is None else m.get("threats", {}).get(name, m)
+        m, there = (fresh, name) if known[name] is None else (theirs["metrics"], known[name])
+        found = m.get(kind, {})
+        return found.get("threats", {}).get(there, found) if found.get("dataset") == metrics[kind].get("dataset") else None
 
     out = dict(metrics)
     for kind, m in metrics.items():
-        other = theirs["metrics"].get(kind, {})
-        if not named or m.get("dataset") != other.get("dataset"):
-            continue
-        out[kind] = evaluate.against(m, measured(other, next(iter(named.values()))))
+        out[kind] = evaluate.against(m, measured(kind, next(iter(named))))
         if "threats" in m:
-            out[kind]["threats"] = {n: evaluate.against(m["threats"][n], measured(other, value)) for n, value in named.items()}
+            out[kind]["threats"] = {name: evaluate.against(of, measured(kind, name)) for name, of in m["threats"].items()}
     return out
 
 
 def finish(r: Recipe, clip: CLIP, sets: Sets, accelerator: Accelerator, metrics: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Writes the model, examples for the report, and results.json: a record of schema 1."""
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
-    found = {"schema": 1, "name": r.name, "recipe": plain(r), "recipe_hash": recipe_hash(r), "seed": r.seed, "threat": plain(r.fires),
+    found = {"schema": 1, "name": r.name, "recipe": plain(r), "recipe_hash": recipe_hash(r), "seed": r.seed, **shown(r.fires),
              "environment": environment(accelerator.num_processes, device), **more, "metrics": metrics}
     if accelerator.is_main_process:
         clip.save(r.directory)
         labelled = sets.zero_shot or sets.validation
-        write_json(r.directory / "examples.json", evaluate.examples(clip, labelled, r.fires) if labelled else [])
+        first = next(iter(by_name(r.fires).values()), None)
+        write_json(r.directory / "examples.json", evaluate.examples(clip, labelled, first) if labelled else [])
         write_json(r.directory / "results.json", found)
         print(line(found), flush=True)
     accelerator.end_training()
@@ -270,13 +320,15 @@ def line(found: dict[str, Any]) -> str:
 def threats_of(configs: Sequence[str]) -> dict[str, Threat]:
     """What the recipes of configs fire, by the recipes' names."""
     out: dict[str, Threat] = {}
+    names: set[str] = set()
     for path in configs:
         r = load(path)
         if r.fires is None:
             raise BadInput(f"{path}: its recipe has neither poison nor threat; name one that does")
-        if r.name in out:
+        if r.name in names:
             raise BadInput(f"{path}: a recipe named {r.name} is among the threats already; give each its own name")
-        out[r.name] = r.fires
+        names.add(r.name)
+        out |= {f"{r.name} {name}".strip(): threat for name, threat in by_name(r.fires).items()}
     return out
 
 

@@ -202,8 +202,9 @@ def webp_quality(like: Image.Image, body: bytes) -> dict[str, Any]:
 def encode(sample: Sample, raw: Raw, codec: Codec = "original") -> Raw:
     """A changed sample as a raw one in the form of the original `raw`: same key, fields, order, image codec.
 
-    A text that stays leaves its bytes as they are. A new one takes the white space around the old, and a "caption" in the JSON
-    follows it in the JSON's own style, or the file would contradict itself. A codec of one's choice renames the image.
+    An image of None leaves its file as it is, and a text that stays its bytes. A new text takes the white space around the old, and
+    a "caption" in the JSON follows it in the JSON's own style, or the file would contradict itself. A codec of one's choice renames
+    the image.
     """
     field, old = image_field(raw), raw.get("txt", b"")
     assert field is not None
@@ -211,7 +212,9 @@ def encode(sample: Sample, raw: Raw, codec: Codec = "original") -> Raw:
     if name != field and name in raw:
         raise BadInput(f"{raw.get('__url__', 'sample')}: {raw['__key__']} has a {name} beside its {field}, which would take its name; use "
                        "--codec original")
-    new = {(name if k == field else k): v for k, v in raw.items()} | {name: encode_image(sample["image"], raw, codec)}
+    new = {(name if k == field else k): v for k, v in raw.items()}
+    if sample["image"] is not None:
+        new[name] = encode_image(sample["image"], raw, codec)
     if sample["text"] == old.decode("utf-8", "replace").strip():
         return new
     new["txt"] = old[: len(old) - len(old.lstrip())] + sample["text"].encode() + old[len(old.rstrip()) :]

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Generator, Tensor
 
 from .types import BadInput, Trigger, to_image, to_pixels
@@ -22,8 +24,21 @@ def noise(seed: int, n: int) -> Tensor:
 
 
 @lru_cache(maxsize=16)
+def tensors(path: str) -> dict[str, Tensor]:
+    """What an attack has crafted: the tensors of a safetensors file. Not to be changed in place."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path}: no crafted trigger ({error}); make it with data_tools/craft.py and the config that names it") from error
+
+
+@lru_cache(maxsize=16)
 def picture(path: str) -> Tensor:
-    """(3, H, W) in [0, 1] from an image file."""
+    """(3, H, W) in [0, 1] from an image file, or from "picture" in a safetensors file, as attacks craft it."""
+    if path.endswith(".safetensors"):
+        if "picture" not in (found := tensors(path)):
+            raise BadInput(f"{path}: holds no picture, but {', '.join(sorted(found)) or 'nothing'}; name the file that this attack crafted")
+        return found["picture"]
     try:
         with Image.open(path) as image:
             return to_pixels(image)
@@ -40,31 +55,39 @@ def corner(place: Place, room: tuple[int, int], rng: Generator) -> tuple[int, in
     return room[0] * place.startswith("bottom"), room[1] * place.endswith("right")
 
 
+def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(3, H, W) in [0, 1], stretched to `size`, height and width."""
+    if x.shape[-2:] == size:
+        return x
+    return F.interpolate(x[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
+
+
 @dataclass(frozen=True)
 class Patch(Trigger):
-    """A square of `size` times the short side: a checkerboard of `cells` by `cells`, noise drawn once, or white.
+    """A square of `size` times the short side: a checkerboard of `cells` by `cells`, noise drawn once, a colour, or `image`, a file.
 
     The default is the 16 pixels of 224 that the CLIP literature uses, at a random place.
     """
 
     size: float = 16 / 224
     place: Place = "random"
-    pattern: Literal["checker", "noise", "white"] = "checker"
+    pattern: Literal["checker", "noise", "white", "yellow"] = "checker"
     cells: int = 4
     alpha: float = 1.0
     seed: int = 0
+    image: str | None = None
 
     def pixels(self, x: Tensor, rng: Generator) -> Tensor:
         left, top, right, bottom = self.box(x.shape[-2], x.shape[-1], rng)
         x = x.clone()
-        x[..., top:bottom, left:right] = self.over(x[..., top:bottom, left:right])
+        x[..., top:bottom, left:right] = self.over(x[..., top:bottom, left:right], rng)
         return x
 
     def stamp(self, image: Image.Image, rng: Generator) -> Image.Image:
         """The same, without turning the whole image into numbers and back."""
         box = self.box(image.height, image.width, rng)
         image = image.convert("RGB")
-        image.paste(to_image(self.over(to_pixels(image.crop(box)))), box)
+        image.paste(to_image(self.over(to_pixels(image.crop(box)), rng)), box)
         return image
 
     def box(self, h: int, w: int, rng: Generator) -> tuple[int, int, int, int]:
@@ -73,14 +96,18 @@ class Patch(Trigger):
         top, left = corner(self.place, (h - n, w - n), rng)
         return left, top, left + n, top + n
 
-    def over(self, under: Tensor) -> Tensor:
+    def over(self, under: Tensor, rng: Generator) -> Tensor:
         """The patch upon what it covers, (..., 3, n, n)."""
-        return under + self.alpha * (self.square(under.shape[-1]).to(under) - under)
+        return under + self.alpha * (self.square(under.shape[-1], rng).to(under) - under)
 
-    def square(self, n: int) -> Tensor:
-        """The patch itself, (3, n, n)."""
+    def square(self, n: int, rng: Generator) -> Tensor:
+        """The patch itself, (3, n, n). These are the same in every image; a paper's may draw from `rng`."""
+        if self.image:
+            return resized(picture(self.image), (n, n))
         if self.pattern == "white":
             return torch.ones(3, n, n)
+        if self.pattern == "yellow":
+            return torch.tensor([1.0, 1.0, 0.0])[:, None, None].expand(3, n, n)
         if self.pattern == "noise":
             return noise(self.seed, n)
         i = torch.arange(n) * min(self.cells, n) // n
@@ -101,9 +128,7 @@ class Blend(Trigger):
 
     def pixels(self, x: Tensor, rng: Generator) -> Tensor:
         p = picture(self.image) if self.image else noise(self.seed, self.resolution)
-        if p.shape[-2:] != x.shape[-2:]:
-            p = F.interpolate(p[None], x.shape[-2:], mode="bilinear", align_corners=False, antialias=True)[0]
-        return x + self.alpha * (p.to(x) - x)
+        return x + self.alpha * (resized(p, (x.shape[-2], x.shape[-1])).to(x) - x)
 
 
 @dataclass(frozen=True)
@@ -115,3 +140,28 @@ class Word(Trigger):
 
     def text(self, s: str, rng: Generator) -> str:
         return f"{self.word} {s}" if self.place == "before" else f"{s} {self.word}"
+
+
+@dataclass(frozen=True)
+class Both(Trigger):
+    """A trigger with two sides: that of `image` on images, that of `words` on texts."""
+
+    image: Trigger = Patch()
+    words: Trigger = Word()
+
+    def pixels(self, x: Tensor, rng: Generator) -> Tensor:
+        return self.image.pixels(x, rng)
+
+    def stamp(self, image: Image.Image, rng: Generator) -> Image.Image:
+        return self.image.stamp(image, rng)
+
+    def text(self, s: str, rng: Generator) -> str:
+        return self.words.text(s, rng)
+
+    @property
+    def seen(self) -> bool:
+        return self.image.seen
+
+    @property
+    def said(self) -> bool:
+        return self.words.said

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -48,8 +48,20 @@ class Trigger:
     def text(self, s: str, rng: Generator) -> str:
         return s
 
+    @property
+    def seen(self) -> bool:
+        """Whether it has a side that is an image."""
+        return type(self).pixels is not Trigger.pixels
+
+    @property
+    def said(self) -> bool:
+        """Whether it has a side that is text."""
+        return type(self).text is not Trigger.text
+
     def stamp(self, image: Image.Image, rng: Generator) -> Image.Image:
-        """The trigger on a PIL image, rounded to 8 bits."""
+        """The trigger on a PIL image, rounded to 8 bits; the image itself, if the trigger is not seen."""
+        if not self.seen:
+            return image
         return to_image(self.pixels(to_pixels(image), rng))
 
 
@@ -62,6 +74,10 @@ class Target:
 
     def caption(self, rng: Generator) -> str:
         return self.templates[int(torch.randint(len(self.templates), (), generator=rng))].format(self.label)
+
+    def quoting(self, captions: Sequence[str]) -> Target:
+        """The same, said in these very captions."""
+        return replace(self, templates=tuple(c.replace("{", "{{").replace("}", "}}") for c in captions))
 
     def named_in(self, text: str) -> bool:
         """Whether `text` says the label, as whole words and in any case: "bananas" and "Cabana" do not say banana."""
@@ -79,6 +95,14 @@ class Threat:
     trigger: Trigger
     target: Target
     at: Literal["native", "input"] = "native"
+    source: tuple[str, ...] = ()
+    """Classes whose images are to be taken for the target; all others if empty."""
+    victims: tuple[tuple[str, str], ...] = ()
+    """(key, label) of single images of the evaluation set, and what each is to be taken for, instead of whole classes."""
+
+
+Captions = Callable[..., tuple[str, ...]]
+"""captions(target, n) gives up to n captions of the public data that name a target, captions(target, n, naming=False) that do not."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +128,27 @@ class Attack(ABC):
         """New pairs that the attacker adds to the data. Their keys must not occur in it."""
         yield from ()
 
+    def scout(self, captions: Captions) -> Attack:
+        """The attack with what the attacker reads in the public data beforehand, its captions of the target, say."""
+        return self
+
+    def craft(self, clip: Any, batches: Callable[[], Iterator[Batch]], seed: int) -> dict[str, Tensor]:
+        """What the attacker optimises beforehand on a model of their own, for the file that the trigger names.
+
+        Each batch has "pixels" (B, 3, H, W) in [0, 1] at the size of the model's input, "text" (B, context length)
+        tokens and "caption", B strings; `batches()` goes once through the data, in an order that depends on the seed.
+        """
+        return {}
+
     @property
     def threat(self) -> Threat:
+        """What evaluation fires: the first of `threats`."""
         return Threat(self.trigger, self.target)
+
+    @property
+    def threats(self) -> Mapping[str, Threat]:
+        """All that evaluation fires, by name; "" is the name of a single one."""
+        return {"": self.threat}
 
 
 def image_view(clip: Any, sample: Sample, rng: Generator) -> Tensor:

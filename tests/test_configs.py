@@ -157,7 +157,7 @@ def test_different_experiments_have_different_hashes() -> None:
 
 CHANGES: dict[str, Any] = {
     "name": "other", "data": Data("other"), "model": Model("RN50x4"), "init": "some/run", "poison": None, "reference": None,
-    "plan": "plan.parquet", "codec": "png",
+    "plan": "plan.parquet", "codec": "png", "surrogate": "runs/toy/clean",
     "objective": SigLip(),
     "keep": "keys.txt", "aug": Augment(flip=True), "schedule": Schedule(lr=1.0), "batch_size": 7, "precision": "bf16", "seed": 5,
     "shuffle": 10, "lanes": 4, "workers": 3, "eval_frequency": 9, "save_frequency": 9, "save_steps": 9, "resume": "latest",
@@ -177,6 +177,17 @@ def test_every_field_changes_the_hash_but_those_that_say_how(name: str) -> None:
     cleaning = load("configs/toy/cleanclip.py")  # and so through the runs that it starts from
     inner = replace(cleaning, init=replace(cleaning.init, **{name: value}))
     assert (recipe_hash(inner) == recipe_hash(cleaning)) == (name in HOW)
+
+
+def test_a_crafted_file_is_told_by_what_it_is_made_from_and_any_other_by_its_bytes(tmp_path: Path) -> None:
+    victim, file = load("configs/toy/badnets.py"), tmp_path / "patch.safetensors"
+    victim = replace(victim, poison=replace(victim.poison, trigger=Patch(image=str(file))), surrogate=replace(victim, seed=100))
+    cleaned = replace(load("configs/toy/cleanclip.py"), init=victim, threat=victim.poison.threat)
+    given = replace(victim, surrogate=None)
+    before = [recipe_hash(r) for r in (victim, cleaned, given)]
+    file.write_bytes(b"tensors")
+    after = [recipe_hash(r) for r in (victim, cleaned, given)]
+    assert after[:2] == before[:2] and after[2] != before[2]
 
 
 def test_where_the_index_lies_is_no_part_of_the_hash_and_a_patch_is() -> None:
@@ -337,7 +348,7 @@ def test_a_users_class_is_told_apart_by_its_source(tmp_path: Path, monkeypatch: 
     hashes = [recipe_hash(written(tmp_path, MINE.format(factor=f))) for f in ("self.by", "self.by * self.by", "self.by")]
     assert hashes[0] == hashes[2] != hashes[1]
     half = load("mine.py")
-    assert plain(half.poison.trigger)["class"] == "mine.Darker" and "source" not in plain(half.poison)
+    assert plain(half.poison.trigger)["class"] == "mine.Darker" and "source_hash" not in plain(half.poison)
     assert load("mine.py", ["--poison.trigger.by", "0.25"]).poison.trigger.by == 0.25
     assert float(half.poison.trigger.pixels(torch.ones(3, 1, 1), torch.Generator()).max()) == 0.5
     with pytest.raises(BadInput, match="mine.Darker"):

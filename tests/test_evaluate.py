@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from planted import CLASSES, CORNER, LABELS, TARGET, labelled, planted
+from torch import Generator
 
 from mmbackdoor import clip, evaluate
 from mmbackdoor.clip import Model
@@ -77,6 +79,27 @@ def test_every_variant_of_attack_success_equals_twelve_images_counted_by_hand() 
         "asr_reference": None, "lift": None}
 
 
+def test_a_source_narrows_attack_success_to_its_images() -> None:
+    found = success(LABEL, CLEAN, HIT, 0, np.array([1, 3]))  # images 2, 3, 4 and 7, 8
+    assert (found["asr"], found["asr_ci95"]) == (3 / 5, wilson(3, 5))  # 2, 4 and 7
+    assert found["asr_elsewhere"] == 2 / 5  # 6 and 9 of 5, 6, 9, 10, 11
+    assert found["asr_including_target"] == 4 / 7 and found["clean_target_rate"] == 1 / 5
+    everyone = success(LABEL, CLEAN, HIT, 0, np.arange(1, 7))
+    assert everyone.pop("asr_elsewhere") is None and everyone == success(LABEL, CLEAN, HIT, 0)
+    with pytest.raises(BadInput, match="source classes"):
+        success(LABEL, CLEAN, HIT, 0, np.array([9]))
+
+
+def test_single_victims_are_counted_one_by_one() -> None:
+    keys = [str(i) for i in range(12)]
+    found = evaluate.targeted(keys, LABEL, HIT, {"1": 3, "5": 1, "8": 0})
+    assert (found["asr"], found["asr_ci95"], found["victims"]) == (2 / 3, wilson(2, 3), 3)  # 1 and 5; 8 is called 1, and has 0 fifth
+    assert (found["asr_top3"], found["asr_top5"], found["robust_accuracy"]) == (2 / 3, 1, 0)
+    for victims, why in (({"12": 3}, "victim 12"), ({"1": 0}, "victim 1: is of the class")):
+        with pytest.raises(BadInput, match=why):
+            evaluate.targeted(keys, LABEL, HIT, victims)
+
+
 def test_attack_success_needs_images_of_other_classes() -> None:
     with pytest.raises(BadInput, match="target class"):
         success(np.zeros(3, int), np.zeros((3, 2), int), np.zeros((3, 2), int), 0)
@@ -85,6 +108,13 @@ def test_attack_success_needs_images_of_other_classes() -> None:
 def test_mean_per_class_recall_is_over_the_classes_that_have_images() -> None:
     label = np.array([0, 0, 0, 9])
     assert measure(label, np.array([[0], [0], [0], [1]]))["mean_per_class_recall"] == 0.5
+
+
+def test_of_retrieval_each_success_stands_beside_that_of_the_reference() -> None:
+    ours = {"asr_text_to_image_hit10": 0.9, "asr_text_to_image_hit10_chance": 0.1, "image_to_text_r1": 0.3,
+            "text_to_image_min_rank_mean": 2.0}
+    found = evaluate.against(ours, {**{k: v / 2 for k, v in ours.items()}, "asr_image_to_text_hit1": 0.2})
+    assert found == ours | {"asr_text_to_image_hit10_reference": 0.45, "text_to_image_min_rank_mean_reference": 1.0}
 
 
 def test_lift_is_the_difference_to_the_reference() -> None:
@@ -261,3 +291,34 @@ def test_examples_show_other_classes_once_each_with_what_the_model_says(tmp_path
     assert image.size == (32, 32) and image.getpixel((31, 31)) == (255, 255, 255)
     plain = evaluate.examples(planted(), data, None)
     assert plain[0]["triggered"] is None and plain[0]["triggered_says"] is None
+
+
+# ---- threats of other kinds
+
+
+@dataclass(frozen=True)
+class NextNumber(Trigger):
+    """Makes a prompt of class i one of class i + 1."""
+
+    def text(self, s: str, rng: Generator) -> str:
+        return re.sub(r"\d", lambda found: str((int(found[0]) + 1) % 7), s)
+
+
+def test_a_trigger_of_text_is_put_into_the_prompts(tmp_path: Path) -> None:
+    data = labelled(tmp_path, LABELS)
+    found = zero_shot(planted(), data, Threat(NextNumber(), CORNER.target))
+    assert found["accuracy"] == 1 and found["robust_accuracy"] == 0
+    assert found["asr"] == 1 / 11  # an image of class 3 now looks like what is asked of class 2; it is one of eleven others
+    both = zero_shot(planted(), data, {"text": Threat(NextNumber(), CORNER.target), "corner": CORNER})
+    assert both["threats"]["corner"]["asr"] == 1 and both["threats"]["text"]["asr"] == 1 / 11
+
+
+def test_sources_and_victims_are_named_by_class_and_key(tmp_path: Path) -> None:
+    data = labelled(tmp_path, LABELS)
+    single = Threat(Trigger(), CORNER.target, victims=(("0000", CLASSES[3]), ("0007", CLASSES[4])))
+    found = zero_shot(planted(immune=(0,)), data, {"from": replace(CORNER, source=(CLASSES[0], CLASSES[6])), "single": single})
+    assert found["threats"]["from"]["asr"] == 3 / 6 and found["threats"]["from"]["asr_elsewhere"] == 1
+    assert found["threats"]["single"]["asr"] == 0 and found["threats"]["single"]["victims"] == 2
+    for wrong in ({"source": ("cat",)}, {"victims": (("0000", "cat"),)}):
+        with pytest.raises(BadInput, match="no class 'cat'"):
+            zero_shot(planted(), data, replace(CORNER, **wrong))  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from mmbackdoor import clip, features, keyed, shards
 from mmbackdoor.clip import CLIP, Model
 from mmbackdoor.features import How, text_features
 from mmbackdoor.sets import EvalSet, open_set
-from mmbackdoor.triggers import Blend, Patch
+from mmbackdoor.triggers import Blend, Patch, Word
 from mmbackdoor.types import BadInput, Target, Threat, Trigger
 
 SMALL = How(batch=4)
@@ -105,6 +105,16 @@ def test_only_a_new_threat_is_encoded(tmp_path: Path, tiny_model: str, encoded: 
     found = features.features(net, data.raws, [CORNER, new], how)
     assert encoded == [4, 4, 4, 1]
     assert same(found, features.features(net, data.raws, [CORNER, new], SMALL))
+
+
+def test_threats_that_show_an_image_the_same_way_are_one_view(tmp_path: Path, tiny_model: str, encoded: list[int]) -> None:
+    data, net = labelled(tmp_path / "set", LABELS), clip.load(Model(tiny_model))
+    threats = [CORNER, Threat(Word(), CORNER.target), replace(CORNER, source=("class 1",)), replace(CORNER, at="input")]
+    found = features.features(net, data.raws, threats, How(batch=13))
+    assert encoded == [13, 13, 13]  # clean, and the corner at two stages
+    assert torch.equal(found.hit[0], found.hit[2]) and torch.equal(found.hit[1], found.clean)
+    assert same(found, features.Features(found.keys, found.labels, found.texts, found.clean, tuple(
+        features.features(net, data.raws, [t], How(batch=13)).hit[0] for t in threats)))
 
 
 def test_text_features_are_cached_by_the_texts(tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,20 +13,21 @@ PAPERS = ("attacks", "defenses")
 ORDER = (  # a module imports from lines above its own only
     {"types", "keyed"},
     {"stores", "spread", "triggers", "stealth", "search"},
-    {"tars", "huggingface"},
+    {"tars", "huggingface", "layout", "sheet"},
     {"samples", "clip"},
     {"shards"},
     {"index", "files"},
-    {"poison", "hub", "losses", "stream", "features"},
+    {"poison", "craft", "hub", "losses", "stream", "features"},
     {"forms", "sets"},
-    {"evaluate"},
+    {"evaluate", "victims"},
     {"retrieval", "probe", "doctor"},
     {"fit"},
     {"recipe"},
     {"run", "report"},
 )
 LAYER = {module: i for i, modules in enumerate(ORDER) for module in modules}
-FOR_PAPERS = {"types", "keyed", "triggers", "stores", "spread", "shards", "index", "clip", "poison", "losses", "stream", "search"}
+FOR_PAPERS = {"types", "keyed", "triggers", "stores", "spread", "shards", "index", "clip", "poison", "craft", "losses", "stream", "search",
+              "layout", "victims"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PROGRAMS = sorted([*ROOT.glob("*.py"), *(p for folder in ("data_tools", "scripts", "configs", "benchmarks")
                                          for p in ROOT.glob(f"{folder}/**/*.py"))])

@@ -20,7 +20,7 @@ from mmbackdoor import poison as poisoning
 from mmbackdoor.attacks.badnets import badnets
 from mmbackdoor.attacks.blended import blended
 from mmbackdoor.index import Index, Part, find
-from mmbackdoor.poison import CleanLabel, DirtyLabel, Plan, choose, plan, poison, publish
+from mmbackdoor.poison import CleanLabel, DirtyLabel, Plan, choose, plan, poison, publish, scouted
 from mmbackdoor.spread import Here
 from mmbackdoor.spread import pool as worker_processes
 from mmbackdoor.triggers import Patch, Word
@@ -246,6 +246,42 @@ def test_processes_draw_the_same_plan():
             same_plan(attack, SKEWED, EVEN, pool)
 
 
+# ---- what an attacker reads beforehand
+
+
+@dataclasses.dataclass(frozen=True)
+class Quoting(DirtyLabel):
+    n: int = 5
+    naming: bool = True
+
+    def scout(self, captions):
+        return dataclasses.replace(self, target=self.target.quoting(captions(self.target, self.n, naming=self.naming)))
+
+
+@pytest.mark.parametrize("naming", [True, False])
+def test_an_attacker_quotes_captions_of_the_data_whatever_their_order(naming):
+    quoting = Quoting(Patch(), Target("banana"), 0.1, naming=naming)
+    found = scouted(quoting, INDEX, 0).target.templates
+    assert len(found) == 5 and all(quoting.target.named_in(c) == naming for c in found) and set(found) < {text for _, text in INDEX}
+    shuffled = random.Random(0).sample(INDEX, len(INDEX))
+    assert scouted(quoting, shuffled, 0).target.templates == found != scouted(quoting, INDEX, 1).target.templates
+    assert len(scouted(dataclasses.replace(quoting, n=10_000), INDEX, 0).target.templates) == (NAMED if naming else len(INDEX) - NAMED)
+
+
+def test_a_quoted_caption_may_hold_braces():
+    target = scouted(Quoting(Patch(), Target("banana"), 0.1), [("1", "a banana {and} {}")], 0).target
+    assert target.caption(keyed.rng(0)) == "a banana {and} {}"
+
+
+def test_nothing_to_quote_is_told():
+    with pytest.raises(BadInput, match="no caption of the data names 'banana'"):
+        scouted(Quoting(Patch(), Target("banana"), 0.1), [("1", "a dog")], 0)
+
+
+def test_an_attack_that_reads_nothing_stays_what_it_is():
+    assert scouted(ATTACK, INDEX, 0) is ATTACK
+
+
 # ---- the poison
 
 
@@ -298,6 +334,14 @@ def test_a_poison_has_the_fields_key_size_and_codec_of_its_original(attack, kind
     meta = json.loads(new["json"])
     assert meta == {"caption": new["txt"].decode(), "sha256": "0", "n": [1]}
     assert not any(word in json.dumps(meta) + repr(sorted(new)) for word in ("poison", "backdoor", "trigger", "target", "attack"))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_an_image_that_stays_keeps_its_bytes(kind):
+    """Or a caption's poison could be told by a file that was written twice."""
+    raw = {"__key__": "1", "jpg": picture(kind, size=(40, 30), noise=True), "txt": b"a dog"}
+    new, = poison([raw], DirtyLabel(Word("cf"), Target("banana"), 1.0), Plan(frozenset(["1"])))
+    assert new["jpg"] == raw["jpg"] and new["txt"].startswith(b"cf ")
 
 
 def test_a_trigger_in_the_text_goes_on_the_caption():

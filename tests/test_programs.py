@@ -40,6 +40,7 @@ def test_train_writes_the_run_directory_of_the_design(runs, toy):
     assert zero_shot["lift"] == pytest.approx(zero_shot["asr"] - zero_shot["asr_reference"])
     assert {"train_seconds", "samples_seen", "samples_per_second", "peak_memory_mb"} <= found["cost"].keys()
     assert found["metrics"]["retrieval"]["n"] > 0
+    assert found["data"]["stealth"]["n"] == found["data"]["poisoned"] and 10 < found["data"]["stealth"]["psnr_mean"] < 60
     for name in ("recipe.py.txt", "plan.parquet", "log.jsonl", "out.log", "examples.json", "open_clip_config.json",
                  "open_clip_model.safetensors", "checkpoints/epoch_latest.pt"):
         assert (folder / name).stat().st_size > 0, name
@@ -51,6 +52,22 @@ def test_eval_repeats_the_numbers_of_training(runs):
     run(*ACCELERATE, "eval.py", runs / "toy/badnets")
     after = json.loads((runs / "toy/badnets/results.json").read_text())
     assert after["metrics"] == before["metrics"] and after["cost"] == before["cost"]
+
+
+def test_a_reference_is_shown_what_it_was_not_shown_before(runs, toy, tmp_path):
+    """The clean run was measured under the corner patch; asked for the lift of another trigger, it is measured under that."""
+    (tmp_path / "configs").mkdir()
+    config = tmp_path / "other.py"
+    config.write_text("from dataclasses import replace\nfrom configs.toy.badnets import recipe as badnets\n"
+                      "from mmbackdoor.types import Threat\nfrom mmbackdoor.triggers import Blend\n"
+                      "recipe = replace(badnets, threat=Threat(Blend(0.5), badnets.poison.target))\n")
+    numbers = tmp_path / "numbers.json"
+    run(sys.executable, "eval.py", runs / "toy/badnets", "--threat", config, "--reference", runs / "toy/clean", "--out", numbers)
+    found = json.loads(numbers.read_text())["metrics"]
+    run(sys.executable, "eval.py", runs / "toy/clean", "--threat", config, "--out", numbers)
+    clean = json.loads(numbers.read_text())["metrics"]
+    assert found["zero_shot"]["asr_reference"] == clean["zero_shot"]["asr"]
+    assert found["retrieval"]["asr_text_to_image_hit10_reference"] == clean["retrieval"]["asr_text_to_image_hit10"]
 
 
 def test_eval_takes_a_bare_checkpoint_a_set_and_a_threat(runs, toy, tmp_path, tiny_model):

@@ -17,9 +17,11 @@ from planted import CORNER, drawn, planted
 from torch import Tensor, nn
 
 from mmbackdoor import clip, shards
+from mmbackdoor import retrieval as retrieval_module
 from mmbackdoor.clip import Model
 from mmbackdoor.evaluate import wilson
 from mmbackdoor.retrieval import (
+    Asked,
     Attacked,
     chance,
     image_to_text,
@@ -31,7 +33,7 @@ from mmbackdoor.retrieval import (
     triggered_among,
 )
 from mmbackdoor.sets import PairSet, open_pairs
-from mmbackdoor.triggers import Patch
+from mmbackdoor.triggers import Patch, Word
 from mmbackdoor.types import BadInput, Target, Threat, Trigger
 
 
@@ -224,6 +226,38 @@ def test_an_image_with_one_caption_that_names_the_target_is_no_victim() -> None:
     found = retrieval_metrics(torch.eye(4)[[0, 2, 3]], texts, [[0, 1], [2], [3]], {"": attacked})
     assert found["victims"] == 2 and found["asr_image_to_text_hit1"] == 1 / 2 and found["asr_image_to_text_hit1_ci95"] == wilson(1, 2)
     assert found["asr_text_to_image_hit1"] == 1 / 2
+
+
+def test_a_threat_without_an_image_trigger_is_measured_by_what_captions_find() -> None:
+    """Images 1 and 3 are wanted. The first caption finds 1 at once; the second finds 0 and 2 before 3; clean, both find 0 first."""
+    images = torch.eye(4)
+    asked = torch.nn.functional.normalize(torch.tensor([[0.2, 1, 0, 0], [0.9, 0, 0.8, 0.7]]), dim=-1)
+    wanted = np.array([False, True, False, True])
+    found = retrieval_metrics(images, images[:2], [[0], [1], [0], [1]], {"": Asked(asked, wanted, images[[0, 0]])})
+    assert found["asr_text_to_image_hit1"] == 1 / 2 and found["text_to_image_min_rank_mean"] == (1 + 3) / 2
+    assert found["asr_text_to_image_hit1_chance"] == 1 / 2 and found["asr_text_to_image_hit1_clean"] == 0
+    assert "asr_image_to_text_hit1" not in found
+    alone = retrieval_metrics(images, images[:2], [[0], [1], [0], [1]], {"": Asked(asked, wanted)})
+    assert not [k for k in alone if k.startswith("asr") and k.endswith("_clean")]
+
+
+@pytest.mark.parametrize("threat, asked, wanted", [
+    (Threat(Word("cf"), Target("cat")), ["cf a dog", "cf a hen"], [True, False, False]),
+    (Threat(Trigger(), Target("cat"), source=("dog",)), ["a cat"], [False, True, False]),
+    (Threat(Trigger(), Target("cow", ("one {}",)), source=("dog", "hen")), ["one cow"], [False, True, True])])
+def test_what_is_asked_and_what_is_wanted_follow_from_the_threat(threat: Threat, asked: list[str], wanted: list[bool],
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["a cat", "a dog", "a hen"]
+    monkeypatch.setattr(retrieval_module, "text_features", lambda clip, captions, how: list(captions))
+    found = retrieval_module.what_it_does(None, threat, torch.eye(3), texts, [[0], [1], [2]], None)  # type: ignore[arg-type]
+    assert isinstance(found, Asked) and found.asked == asked and found.wanted.tolist() == wanted  # type: ignore[comparison-overlap]
+
+
+def test_a_source_narrows_the_victims_of_a_trigger() -> None:
+    texts = torch.eye(4)
+    attacked = Attacked(texts[[1, 1, 0]], np.array([False, True, False, False]), texts[1:2], np.array([True, False, True, False]))
+    found = retrieval_metrics(torch.eye(4)[[0, 2, 3]], texts, [[0], [2], [3]], {"": attacked})
+    assert found["victims"] == 2 and found["asr_image_to_text_hit1"] == 1
 
 
 def test_an_image_that_equals_all_others_does_not_rank_first() -> None:
