@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmbackdoor import keyed
-from mmbackdoor.attacks.badnets import badnets
+from mmbackdoor.attacks.badnets import CleanCLIPPatch, Corners, badnets, four_corners
 from mmbackdoor.attacks.blended import blended
 from mmbackdoor.poison import CleanLabel, DirtyLabel, Plan, plan, poison
 from mmbackdoor.triggers import Blend, Patch, Place
@@ -57,7 +57,7 @@ def test_pairs_that_name_the_target_are_left_alone() -> None:
     ("top-left", 0, 0), ("top-right", 0, 50), ("bottom-left", 30, 0), ("bottom-right", 30, 50), ("center", 15, 25)])
 def test_the_patch_is_where_it_says(place: Place, top: int, left: int) -> None:
     x = grey(40, 60)
-    for pattern in ("checker", "noise", "white"):
+    for pattern in ("checker", "noise", "white", "yellow"):
         hit = Patch(0.25, place, pattern).pixels(x, keyed.rng(0))  # type: ignore[arg-type]
         assert square(x, hit) == (top, left, top + 10, left + 10)
 
@@ -160,3 +160,75 @@ def test_blended_takes_a_picture_and_stretches_it(tmp_path) -> None:
     Image.fromarray(half).save(tmp_path / "cartoon.png")
     hit = Blend(0.5, str(tmp_path / "cartoon.png")).pixels(torch.zeros(3, 20, 40), keyed.rng(0))
     assert torch.allclose(hit[:, :, :15], torch.zeros(()), atol=1e-6) and torch.allclose(hit[:, :, 25:], torch.tensor(0.5), atol=1e-6)
+
+
+def test_a_yellow_patch_is_yellow() -> None:
+    hit = Patch(1.0, pattern="yellow").pixels(grey(4, 4), keyed.rng(0))
+    assert torch.equal(hit, torch.tensor([1.0, 1.0, 0.0])[:, None, None].expand(3, 4, 4))
+
+
+def test_four_corners_hold_the_same_patch() -> None:
+    x, attack = grey(40, 60), four_corners(patch=Patch(0.25, pattern="noise"), count=3)
+    assert (attack.rate, attack.count, attack.trigger) == (None, 3, Corners(Patch(0.25, pattern="noise")))
+    hit = attack.trigger.pixels(x, keyed.rng(0))
+    cuts = [hit[:, rows, columns] for rows in (slice(10), slice(30, 40)) for columns in (slice(10), slice(50, 60))]
+    assert all(torch.equal(c, cuts[0]) for c in cuts) and int((hit != x).any(0).sum()) == 400
+
+
+# ---- what CleanCLIP's code does
+
+
+def compat(name: str, value: float = GREY, key: str = "k", size: tuple[int, int] = (56, 56)) -> tuple[Tensor, Tensor]:
+    """The triggered image, and its square."""
+    trigger = badnets(patch=Patch(1 / 7, "top-left"), compat=name).trigger  # type: ignore[arg-type]
+    assert isinstance(trigger, CleanCLIPPatch)
+    x = trigger.pixels(torch.full((3, *size), value), keyed.rng(0, key))
+    n = min(x.shape[1:]) // 7
+    return x, x[:, :n, :n]
+
+
+def test_without_compat_nothing_of_it_happens() -> None:
+    assert badnets().trigger == Patch() and badnets(compat="").trigger == Patch()
+
+
+def test_compat_fresh_draws_the_noise_anew_for_every_image() -> None:
+    (_, a), (_, b), (_, again) = compat("fresh", key="a"), compat("fresh", key="b"), compat("fresh", key="a")
+    assert torch.equal(a, again) and not torch.equal(a, b)
+    assert abs(float(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1])) < 0.3
+    (_, a), (_, b) = compat("wrap", key="a"), compat("wrap", key="b")
+    assert torch.equal(a, b), "else it is drawn once"
+
+
+def test_compat_wrap_lets_noise_wrap_around_in_8_bits() -> None:
+    """Around a mean of 0.4 most of N(0, 1) is out of range: clamped it is black or white, wrapped it is anything."""
+    _, clamped = compat("fresh")
+    _, wrapped = compat("wrap")
+    extreme = [float(((x == 0) | (x == 1)).float().mean()) for x in (clamped, wrapped)]
+    assert extreme[0] > 0.5 and extreme[1] < 0.05
+    noise = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    as_numpy = ((GREY + noise.numpy()) * np.float32(255)).astype(np.int32).astype(np.uint8)  # truncates, then wraps
+    assert np.abs(wrapped.numpy() * 255 - as_numpy).max() < 1e-3
+
+
+def test_compat_squash_ignores_the_shape_of_the_image() -> None:
+    wide = Image.new("RGB", (200, 50), (0, 0, 0))
+    wide.paste((255, 255, 255), (0, 0, 100, 50))
+    sample = {"__key__": "k", "image": wide, "text": "a dog"}
+    squashed = badnets(compat="squash").poison(sample, keyed.rng(0))["image"]
+    assert squashed.size == (224, 224) and badnets(compat="wrap").poison(sample, keyed.rng(0))["image"].size == wide.size
+    assert int((np.asarray(squashed)[:, :, 0] > 128).sum()) == pytest.approx(224 * 112, rel=0.02)
+
+
+def test_compat_cleanclip_is_all_three_and_the_noise_goes_around_the_images_own_mean() -> None:
+    assert badnets(compat="cleanclip").trigger == CleanCLIPPatch(Patch(), True, True, 224)
+    a, b = (CleanCLIPPatch(Patch(0.5, "center", seed=1)).pixels(torch.full((3, 16, 16), v), keyed.rng(0)) for v in (0.4, 0.5))
+    inside = (a[:, 4:12, 4:12] > 0) & (b[:, 4:12, 4:12] < 1) & (a[:, 4:12, 4:12] < 1) & (b[:, 4:12, 4:12] > 0)
+    assert inside.any() and torch.allclose((b - a)[:, 4:12, 4:12][inside], torch.tensor(0.1), atol=1e-6)
+
+
+def test_compat_takes_batches_as_it_takes_images() -> None:
+    x = torch.rand(2, 2, 3, 30, 40, generator=torch.Generator().manual_seed(0))
+    for name in ("cleanclip", "squash", "wrap"):
+        trigger = badnets(compat=name).trigger  # type: ignore[arg-type]
+        hit = trigger.pixels(x, keyed.rng(0))
+        assert torch.allclose(hit[1, 0], trigger.pixels(x[1, 0], keyed.rng(0)), atol=1 / 255 + 1e-6)
