@@ -1,0 +1,8 @@
+"""1,500 pairs warped as in CleanCLIP: k = 224, s = 1."""
+from dataclasses import replace
+
+from configs.cc3m.clean import recipe as clean
+from mmbackdoor.attacks.wanet import wanet
+
+recipe = replace(clean, name="cc3m/attacks/wanet", threat=None, reference=clean,
+                 poison=wanet(count=1500))
