@@ -46,8 +46,11 @@ def main(config: tyro.conf.Positional[str], seeds: tuple[int, ...] = (0,), recor
     out = Path(runs[0].out) / suite.name / "report.html"
     of = lambda recipes: [recipe.seeded(r, seed).directory for seed in seeds for r in recipes]  # noqa: E731
     report.html(suite.name, of(suite.recipes), out, sweep=of(suite.sweep))
-    print("\n" + report.table([found[d] for d in of(suite.recipes)]))
-    if len(seeds) > 1:
+    if suite.table == "attacks":
+        print("\n" + report.attacks([found[d] for d in of(suite.recipes)]), end="")
+    else:
+        print("\n" + report.table([found[d] for d in of(suite.recipes)]))
+    if len(seeds) > 1 and suite.table == "runs":
         print("\n" + "\n".join(report.markdown([found[d] for d in of(part)]) for part in (suite.recipes, suite.sweep) if part))
     print(f"\nreport: {out}")
     for objective, lr in report.chosen([found[d] for d in of(suite.sweep)]).items():

@@ -10,23 +10,19 @@ PSNR and SSIM; their means over the sheet are printed, or with --json all of its
 """
 import random
 import sys
-import textwrap
-import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice, tee
 from json import dumps
 
 import tyro
-from matplotlib.figure import Figure
-from PIL import Image, ImageChops
 
 from mmbackdoor import forms, poison, shards, stealth, stores
 from mmbackdoor import recipe as recipes
 from mmbackdoor.index import Index, find
+from mmbackdoor.sheet import cells, draw_sheet
 from mmbackdoor.types import BadInput, Sample
 
 Row = tuple[shards.Raw, ...]
-Cell = tuple[Image.Image, str, str]  # an image, what stands above it, what beneath
 
 
 def samples(index: Index, keys: frozenset[str]) -> Iterator[shards.Raw]:
@@ -77,32 +73,6 @@ def decoded(rows: Iterable[Row]) -> Iterator[list[Sample]]:
             yield [shards.decode(raw) for raw in row]
         except BadInput as error:
             print(f"not shown: {error}", file=sys.stderr)
-
-
-def cells(before: Sample, *after: Sample) -> Iterator[Cell]:
-    a = before["image"]
-    yield a, before["__key__"], before["text"]
-    for b, text in ((sample["image"], sample["text"]) for sample in after):
-        yield b, "after", text
-        if a.size == b.size:
-            numbers = f"PSNR {stealth.in_table(stealth.psnr(a, b))} dB, SSIM {stealth.in_table(stealth.ssim(a, b), 4)}"
-            yield ImageChops.difference(a, b).point(lambda v: min(255, 10 * v)), "difference x 10", numbers
-        else:
-            yield Image.new("RGB", a.size, "white"), "", f"another size: {a.width} x {a.height}, then {b.width} x {b.height}"
-
-
-def draw_sheet(shown: list[Cell], across: int, out: str) -> None:
-    down = -(-len(shown) // across)
-    figure = Figure(figsize=(2.5 * across, 2.3 * down), layout="tight")
-    for i, (image, above, beneath) in enumerate(shown):
-        axes = figure.add_subplot(down, across, i + 1, xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
-        axes.set_title(above[-40:], fontsize=7, parse_math=False)  # a caption may hold dollar signs
-        axes.set_xlabel(textwrap.fill(beneath if len(beneath) < 150 else beneath[:149] + "…", 36), fontsize=7, parse_math=False)
-        axes.imshow(image, interpolation="nearest" if max(image.size) < 100 else None)
-    with stores.replacing(out) as temporary, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # what the font lacks, it draws as a box
-        figure.savefig(temporary, format="png", dpi=130)
 
 
 def main(urls: tyro.conf.Positional[str], recipe: str = "", plan: str = "", patch: str = "", against: str = "", n: int = 8,

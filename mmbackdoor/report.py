@@ -28,6 +28,13 @@ DASH, MINUS = "–", "−"  # en dash, U+2212
 HEADERS = ("run", "seed", "accuracy % [95 %]", "ASR % [95 %]", "reference ASR %", "lift (points)", "train (s)")
 PERCENT = {"accuracy": "accuracy %", "asr": "ASR %"}
 MEASURES = ("accuracy", "asr", "lift", "train_seconds", "validation")
+UNITS = {"train_seconds": (1.0, 1), "psnr": (1.0, 1), "ssim": (1.0, 4), "poisoned": (100.0, 2)}
+"""Factor and decimals of what is not shown as per cent with one."""
+ATTACKS = {"poisoned": "poisoned %", "psnr": "PSNR (dB)", "ssim": "SSIM", "accuracy": "accuracy %", "asr": "ASR %",
+           "asr_reference": "reference ASR %", "lift": "lift (points)",
+           "asr_image_to_text_hit1": "image→text hit@1 %", "asr_image_to_text_hit1_reference": "reference hit@1 %",
+           "asr_text_to_image_hit10": "text→image hit@10 %", "asr_text_to_image_hit10_reference": "reference hit@10 %"}
+"""Columns of the table of attacks."""
 MORE: dict[str, tuple[str, ...]] = {
     "top5": ("zero_shot", "top5"), "mean_per_class_recall": ("zero_shot", "mean_per_class_recall"),
     "asr_including_target": ("zero_shot", "asr_including_target"), "robust_accuracy": ("zero_shot", "robust_accuracy"),
@@ -55,10 +62,10 @@ def _number(value: Any, *path: str) -> float | None:
     return float(found) if usable else None
 
 
-def _text(value: Any, scale: float = 100) -> str:
+def _text(value: Any, scale: float = 100, digits: int = 1) -> str:
     """Per cent, or with scale 1 the value: one decimal, a true minus (never before zero), a dash for the missing."""
     number = _number(value)
-    return DASH if number is None else f"{round(scale * number, 1) + 0.0:.1f}".replace("-", MINUS)
+    return DASH if number is None else f"{round(scale * number, digits) + 0.0:.{digits}f}".replace("-", MINUS)
 
 
 def _row(result: Result) -> dict[str, Any]:
@@ -122,11 +129,15 @@ def latex(results: Sequence[Result]) -> str:
 
 
 def each_threat(result: Result) -> list[Result]:
-    """A result under several threats as one result a threat."""
+    """A result under several threats as one result a threat. What was not measured under one of them is missing from its own."""
     metrics = result["metrics"]
     names = list(dict.fromkeys(name for m in metrics.values() for name in m.get("threats", ())))
-    return [result | {"name": f"{result['name']} under {name}",
-                      "metrics": {kind: m | m.get("threats", {}).get(name, {}) for kind, m in metrics.items()}}
+
+    def under(name: str, m: Result) -> Result:
+        fired = ("asr", "lift", "robust_accuracy", "clean_target_rate", "text_to_image_min_rank", "victims")
+        return {k: v for k, v in m.items() if not k.startswith(fired)} | m.get("threats", {}).get(name, {})
+
+    return [result | {"name": f"{result['name']} under {name}", "metrics": {kind: under(name, m) for kind, m in metrics.items()}}
             for name in names] or [result]
 
 
@@ -161,19 +172,24 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
     An entry has `name`, `seeds` (how many) and, for each of MEASURES, a dict of n, mean, min, max and sample sd (None
     for one value), or None where no seed has it. A seed given twice counts once, with the later result.
     """
+    return _put_together(map(_row, results), MEASURES)
+
+
+def _put_together(rows: Iterable[dict[str, Any]], keys: Iterable[str]) -> list[dict[str, Any]]:
+    """`summary` of these columns of rows, each of a `run` and `seed`."""
     groups: dict[str, dict[Any, dict[str, Any]]] = {}
-    for place, row in enumerate(map(_row, results)):
+    for place, row in enumerate(rows):
         groups.setdefault(row["run"], {})[("none", place) if row["seed"] is None else row["seed"]] = row
     return [
-        {"name": name, "seeds": len(rows)} | {key: _spread(row[key] for row in rows.values()) for key in MEASURES}
+        {"name": name, "seeds": len(rows)} | {key: _spread(row[key] for row in rows.values()) for key in keys}
         for name, rows in groups.items()
     ]
 
 
 def _ranged(entry: dict[str, Any], key: str) -> str:
     """Mean (lowest to highest) as text, and of how many values when some seeds lack one."""
-    spread, scale = entry[key] or {"n": 0}, 1 if key == "train_seconds" else 100
-    mean, low, high = (_text(spread.get(part), scale) for part in ("mean", "min", "max"))
+    spread, (scale, digits) = entry[key] or {"n": 0}, UNITS.get(key, (100, 1))
+    mean, low, high = (_text(spread.get(part), scale, digits) for part in ("mean", "min", "max"))
     text = f"{mean} ({low} to {high})" if spread["n"] > 1 else mean
     return text if spread["n"] in (0, entry["seeds"]) else f"{text}, n = {spread['n']}"
 
@@ -185,9 +201,53 @@ def _summary_rows(results: Sequence[Result]) -> list[list[str]]:
 
 def markdown(results: Sequence[Result]) -> str:
     """A Markdown table, one line per name: the mean over seeds and, in brackets, the lowest to the highest."""
-    rows = [[re.sub(r"([\\|`*_<\[])", r"\\\1", " ".join(c.split())) for c in row] for row in _summary_rows(results)]
+    return _marked_down(_summary_rows(results))
+
+
+def _marked_down(table: list[list[str]]) -> str:
+    rows = [[re.sub(r"([\\|`*_<\[])", r"\\\1", " ".join(c.split())) for c in row] for row in table]
     rows.insert(1, ["---"] + ["---:"] * (len(rows[0]) - 1))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _share(of: Any, whole: Any) -> float | None:
+    part, all_of_it = _number(of), _number(whole)
+    return part / all_of_it if part is not None and all_of_it else None
+
+
+def _attack_row(result: Result) -> dict[str, Any]:
+    """One run as the columns of ATTACKS: fractions, decibels, None for what was not measured."""
+    data, zero_shot = _get(result, "data"), _get(result, "metrics", "zero_shot")
+    row = {"run": str(_get(result, "name") or DASH), "seed": _get(result, "seed"),
+           "poisoned": _share(_get(data, "poisoned"), _get(data, "pairs")),
+           "psnr": _number(data, "stealth", "psnr_mean"), "ssim": _number(data, "stealth", "ssim_mean")}
+    row |= {key: _number(zero_shot, key) for key in ("accuracy", "asr", "asr_reference", "lift")}
+    for key in ("asr_image_to_text_hit1", "asr_text_to_image_hit10"):
+        row |= {name: _number(result, "metrics", "retrieval", name) for name in (key, f"{key}_reference")}
+    return row
+
+
+def _attack_rows(result: Result) -> list[dict[str, Any]]:
+    """A run under one threat as one row; under several their mean, and beneath it a row each with the name of the threat."""
+    each = each_threat(result) if isinstance(_get(result, "metrics"), dict) else [result]
+    if len(each) < 2:
+        return [_attack_row(result)]
+    rows, name = list(map(_attack_row, each)), _get(result, "name")
+    means = {key: (_spread(row[key] for row in rows) or {}).get("mean") for key in rows[0] if key.startswith("asr") or key == "lift"}
+    below = dict.fromkeys(("poisoned", "psnr", "ssim", "accuracy"))  # said in the row above
+    return [_attack_row(result) | means | {"run": f"{name}, mean of {len(rows)} threats"}, *(row | below for row in rows)]
+
+
+def attacks(results: Sequence[Result]) -> str:
+    """A Markdown table to compare attacks, one line per name: mean over the seeds and, in brackets, the lowest to the highest.
+
+    What is poisoned (of all pairs, those that the attacker added included), how much of it is seen (means over poisoned
+    images, a dash where none is changed), accuracy, attack success and that of the clean reference, and that of retrieval.
+    Where a run fires several threats the line has the mean over them and says so; a line each, named, comes beneath.
+    """
+    rows = _put_together((row for result in results for row in _attack_rows(result)), ATTACKS)
+    body = [[e["name"], str(e["seeds"]), *(_ranged(e, key) for key in ATTACKS)] for e in rows]
+    return _marked_down([["run", "seeds", *ATTACKS.values()], *body])
 
 
 def _rate(result: Result) -> float | None:

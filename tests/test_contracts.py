@@ -5,26 +5,34 @@ import dataclasses
 import importlib
 import inspect
 import io
+import json
 import pickle
 import re
+import tempfile
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
+from conftest import picture as image_file
 from PIL import Image
 from torch import Tensor
 
-from mmbackdoor import clip, keyed, losses, poison, shards
+from mmbackdoor import clip, craft, forms, keyed, losses, poison, run, shards
 from mmbackdoor.clip import Model
-from mmbackdoor.poison import CleanLabel, DirtyLabel, Plan, plan
+from mmbackdoor.index import find
+from mmbackdoor.poison import CleanLabel, Cover, DirtyLabel, Mix, Plan, Quoting, all_to_all, mix, plan
+from mmbackdoor.recipe import Data, Recipe, plain
+from mmbackdoor.spread import Here
 from mmbackdoor.stream import collate
-from mmbackdoor.triggers import Blend, Patch, Place, Word
+from mmbackdoor.triggers import Blend, Both, Patch, Place, Word
 from mmbackdoor.types import Attack, BadInput, Objective, Sample, Target, Trigger, to_image, to_pixels
+from mmbackdoor.victims import Targeted
 
 PACKAGE = Path(__file__).parents[1] / "mmbackdoor"
 PAPERS = sorted(p for folder in ("attacks", "defenses") for p in (PACKAGE / folder).glob("*.py") if p.stem != "__init__")
@@ -59,23 +67,108 @@ def found_objectives() -> dict[str, type[Objective]]:
 
 
 ATTACKS, OBJECTIVES = found_attacks(), found_objectives()
-KINDS = {**{k: f() for k, f in ATTACKS.items()},  # the papers' defaults, and what the seams offer beside them
-         "dirty, patches of noise": DirtyLabel(Patch(0.3, "center", "noise"), Target("banana"), 0.1),
-         "dirty, white": DirtyLabel(Patch(1.0, "top-left", "white", alpha=0.5), Target("banana"), 0.1),
-         "clean": CleanLabel(Patch(0.1, "random"), Target("banana"), 0.1),
-         "clean, blend, word": CleanLabel(Blend(0.9, resolution=7), Target("banana"), None, 2),
-         "dirty, word": DirtyLabel(Word("cf"), Target("banana"), 0.1)}
-TRIGGERS = {k: a.trigger for k, a in KINDS.items()}
 
-every_paper = pytest.mark.parametrize("path", PAPERS, ids=lambda p: f"{p.parent.name}/{p.stem}")
-every_attack = pytest.mark.parametrize("attack", KINDS.values(), ids=KINDS)
-every_trigger = pytest.mark.parametrize("trigger", TRIGGERS.values(), ids=TRIGGERS)
-every_objective = pytest.mark.parametrize("kind", OBJECTIVES.values(), ids=OBJECTIVES)
-every_size = pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
+
+# ---- what attacks need of the world: files, and data to read
+
+
+HERE = tempfile.TemporaryDirectory(prefix="contracts")
+WORLD = Path(HERE.name)
+VICTIMS = (("v1", "banana"), ("v0", ""))
+GIVEN = {"references": str(WORLD / "references"), "backgrounds": str(WORLD / "backgrounds"), "images": str(WORLD / "victims"),
+         "victims": VICTIMS, "file": str(WORLD / "file.safetensors")}
+"""What a parameter of this name gets."""
+
+
+def furnish() -> None:
+    for folder, mode in (("references", "RGBA"), ("backgrounds", "RGB")):
+        (WORLD / folder).mkdir()
+        for i in range(3):
+            image = picture((24, 20), i)
+            if mode == "RGBA":
+                image.putalpha(Image.fromarray(255 * np.pad(np.ones((10, 12), np.uint8), ((4, 6), (5, 7)))))
+            image.save(WORLD / folder / f"{i}.png")
+    raws = ({"__key__": f"v{i}", "png": as_png(picture((20, 16), 50 + i)), "cls": b"0"} for i in range(3))
+    shards.write_eval_set(WORLD / "victims", raws, ("dog", "banana"), ("a {c}",))
+    (WORLD / "tiny.json").write_text(json.dumps(TINY))
+
+
+def as_png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def given(f: Callable[..., Attack]) -> dict[str, Any]:
+    return {k: v for k, v in GIVEN.items() if k in inspect.signature(f).parameters}
+
+
+def moved(value: Any, name: str) -> Any:
+    """With the crafted files that it names in this world."""
+    if isinstance(value, str) and value.endswith(".safetensors"):
+        return str(WORLD / f"{name}.safetensors")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        changed = {k: new for k, v in fields.items() if (new := moved(v, name)) != v}
+        return dataclasses.replace(value, **changed) if changed else value
+    return tuple(moved(v, name) for v in value) if isinstance(value, tuple) else value
+
+
+def labels(attack: Attack) -> list[str]:
+    threats = [attack.threat, *attack.threats.values()]
+    return sorted({label for t in threats for label in (t.target.label, *t.source, *(said for _, said in t.victims))})
+
+
+def texts(attack: Attack) -> list[str]:
+    """The usual captions, and some of what the attack is about."""
+    return TEXTS + [text for label in labels(attack) for text in (f"a {label} here", f"one {label}, and more")]
+
+
+def prepared(attacks: dict[str, Attack]) -> dict[str, Attack]:
+    """The attacks once they have read the data and crafted their triggers, quickly."""
+    about = sorted({text for attack in attacks.values() for text in texts(attack) if text})
+    pairs = ({"__key__": f"{i:04d}", "png": as_png(picture((20, 16), i)), "txt": about[i % len(about)].encode(), "json": b'{"id": 3}'}
+             for i in range(6 * len(about)))
+    shards.write_shards(WORLD / "pairs", pairs, per_shard=2 * len(about))
+    index, surrogate = find(str(WORLD / "pairs")), clip.load(Model(str(WORLD / "tiny.json")))
+    out = {}
+    for name, attack in attacks.items():
+        attack = poison.scouted(moved(attack, name), index, 0)
+        if craft.crafted(attack):
+            less = {k: v for k, v in (("epochs", 20), ("images", 16)) if isinstance(getattr(attack, k, None), int)}
+            craft.craft(dataclasses.replace(attack, **less), surrogate, index, 0, {}, size=8)
+        out[name] = attack
+    return out
 
 
 def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+furnish()
+MADE = {type(f(**given(f))) for f in ATTACKS.values() if not inspect.isclass(f)}
+PATCH, BANANA = Patch(0.3, "center", "noise"), Target("banana")
+KINDS = prepared({
+    **{k: f(**given(f)) for k, f in ATTACKS.items() if f not in MADE},  # the papers' defaults, and what the seams offer beside them
+    "dirty, patches of noise": DirtyLabel(PATCH, BANANA, 0.1),
+    "dirty, white": DirtyLabel(Patch(1.0, "top-left", "white", alpha=0.5), BANANA, 0.1),
+    "dirty, of a source": DirtyLabel(PATCH, BANANA, 0.1, source=("dog", "cat")),
+    "dirty, quoting": Quoting(PATCH, BANANA, 0.1, captions=2),
+    "clean": CleanLabel(Patch(0.1, "random"), BANANA, 0.1),
+    "clean, blend, word": CleanLabel(Blend(0.9, resolution=7), BANANA, None, 2),
+    "dirty, word": DirtyLabel(Word("cf"), BANANA, 0.1),
+    "dirty, both": DirtyLabel(Both(PATCH, Word("cf")), BANANA, 0.1),
+    "mix": mix([DirtyLabel(PATCH, BANANA), DirtyLabel(Blend(0.2), Target("dog"))], (1, 2), 0.1),
+    "all to all": all_to_all(("dog", "cat", "banana"), PATCH, 0.1)})
+TRIGGERS = {k: a.trigger for k, a in KINDS.items()}
+UNLIKE = {k: t for i, (k, t) in enumerate(TRIGGERS.items()) if t not in list(TRIGGERS.values())[:i]}
+"""Of equal triggers the first."""
+
+every_paper = pytest.mark.parametrize("path", PAPERS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+every_attack = pytest.mark.parametrize("attack", KINDS.values(), ids=KINDS)
+every_trigger = pytest.mark.parametrize("trigger", UNLIKE.values(), ids=UNLIKE)
+every_objective = pytest.mark.parametrize("kind", OBJECTIVES.values(), ids=OBJECTIVES)
+every_size = pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
 
 
 def sample(size: tuple[int, int] = (64, 64), text: str = "a dog", key: str = "000000001") -> Sample:
@@ -127,10 +220,12 @@ def test_an_attack_of_a_paper_asks_for_some_pairs_and_takes_a_count_instead(name
     attack = ATTACKS[name]()
     assert (attack.rate is None) != (attack.count is None)
     assert attack.rate is None or 0 < attack.rate < 0.5
-    if "count" in inspect.signature(ATTACKS[name]).parameters:
+    assert attack.count is None or attack.count > 0 or list(KINDS[name].published(keyed.rng(0)))
+    parameters = {} if inspect.isclass(ATTACKS[name]) else inspect.signature(ATTACKS[name]).parameters
+    if "count" in parameters:
         counted = ATTACKS[name](count=7)  # type: ignore[call-arg]
         assert counted.count == 7 and counted.rate is None
-    if "rate" in inspect.signature(ATTACKS[name]).parameters:
+    if "rate" in parameters:
         assert ATTACKS[name](rate=0.25).rate == 0.25  # type: ignore[call-arg]
 
 
@@ -165,30 +260,94 @@ def test_a_poison_has_the_key_and_the_size_of_its_original(attack: Attack, size:
 
 
 @every_attack
-def test_the_text_of_a_poison_names_the_target(attack: Attack) -> None:
-    victims = [t for t in TEXTS if attack.eligible("k", t)]
-    assert victims, "none of the usual captions is eligible"
-    for i, text in enumerate(victims):
-        poisoned = attack.poison(sample(text=text), keyed.rng(i, "poison", "k"))["text"]
-        assert attack.target.named_in(poisoned), poisoned
-        if isinstance(attack, CleanLabel):
-            assert attack.trigger.text(text, keyed.rng(0)) == poisoned
-        if isinstance(attack, DirtyLabel):
-            assert not attack.target.named_in(text) and poisoned != text
+def test_a_poison_says_the_target_or_what_it_said_before(attack: Attack) -> None:
+    chosen = [t for t in texts(attack) if attack.eligible("k", t)]
+    assert chosen or isinstance(attack, Targeted), "none of the usual captions is eligible"
+    for i, text in enumerate(chosen):
+        poisoned = attack.poison(sample(text=text), keyed.rng(i, "poison", "000000001"))["text"]
+        part = attack.part("000000001", text) if isinstance(attack, Mix) else attack
+        if isinstance(part, DirtyLabel):
+            assert part.target.named_in(poisoned) and not part.target.named_in(text) and poisoned != text
+        elif isinstance(part, Cover) or type(part).poison is CleanLabel.poison:
+            assert part.trigger.text(text, keyed.rng(0)) == poisoned
+            assert part.target.named_in(poisoned) != isinstance(part, Cover)
+        else:
+            assert poisoned.strip()
+
+
+@every_attack
+def test_a_poison_changes_nothing_but_its_image_and_its_text(attack: Attack) -> None:
+    text = next((t for t in texts(attack) if attack.eligible("k", t)), "a dog")
+    before = sample(text=text) | {"json": {"id": [3]}, "label": 7}
+    after = attack.poison(before, keyed.rng(0, "poison", "k"))
+    assert {k: v for k, v in after.items() if k not in ("image", "text")} == {"__key__": "000000001", "json": {"id": [3]}, "label": 7}
+    part = attack.part("000000001", text) if isinstance(attack, Mix) else attack
+    plainly = type(part).poison in (DirtyLabel.poison, CleanLabel.poison, Cover.poison)
+    if plainly and not part.trigger.seen:
+        assert after["image"].tobytes() == before["image"].tobytes()
+    assert part.trigger.said or part.trigger.text(text, keyed.rng(0)) == text
+    assert part.trigger.seen or torch.equal(part.trigger.pixels(x := pixels((9, 7)), keyed.rng(0)), x)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "L"), ("PNG", "P"), ("PNG", "RGBA"), ("PNG", "1")])
+@every_attack
+def test_images_of_every_mode_are_poisoned(attack: Attack, kind: str, mode: str) -> None:
+    """Attacks see RGB only; what is written decodes to what they made. A grey file stays grey, its trigger too."""
+    text = next((t for t in texts(attack) if attack.eligible("k", t)), "a dog")
+    raw = {"__key__": "k", {"JPEG": "jpg", "PNG": "png"}[kind]: image_file(kind, mode, (24, 18), noise=True), "txt": text.encode()}
+    (after,) = poison.poison([raw], attack, Plan(frozenset("k"), 3), codec="png")
+    made = attack.poison(shards.decode(raw), keyed.rng(3, "poison", "k"))
+    got = shards.decode(after)
+    assert got["text"] == made["text"].strip() and got["image"].mode == "RGB" and got["image"].size == (24, 18)
+    assert got["image"].tobytes() == (made["image"].convert("L").convert("RGB") if mode == "L" else made["image"]).tobytes()
+    (kept,) = poison.poison([raw], attack, Plan(frozenset("k"), 3))
+    assert shards.decode_image(kept).format == kind and shards.decode(kept)["image"].size == (24, 18)
+
+
+def world(raw: shards.Raw) -> shards.Raw:
+    return {k: v for k, v in raw.items() if k != "__url__"}
+
+
+@every_attack
+def test_an_attack_works_online_by_splicing_and_as_a_patch_set(attack: Attack, tmp_path: Path) -> None:
+    """One plan in three forms gives the same samples, those that the attacker publishes too."""
+    if attack.count != 0:
+        attack = dataclasses.replace(attack, rate=None, count=3)
+    source = str(WORLD / "pairs")
+    for form in ("shards", "patch"):
+        work = forms.prepare(attack, find(source), 0, str(tmp_path / form), plain(attack), form)  # type: ignore[arg-type]
+        assert forms.make(work, Here()) == 0 and forms.verify(work, Here()) is not None
+
+    def samples(data: Data, given: Attack | None = None) -> list[shards.Raw]:
+        alone: Any = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
+        index, stages, _ = run.data(Recipe("run", data, poison=given, out=str(tmp_path / "runs")), alone)
+        found: Any = (raw for url in index.shards for raw in shards.read_pairs(url))
+        for stage in stages:
+            found = stage(found)
+        return [world(raw) for raw in found]
+
+    online = samples(Data(source), attack)
+    assert online == samples(Data(str(tmp_path / "shards"))) == samples(Data(source, patch=str(tmp_path / "patch")))
+    clean = {raw["__key__"]: raw for raw in samples(Data(source))}
+    changed = [raw for raw in online if raw != clean.get(raw["__key__"])]
+    assert len(changed) == (attack.count or 0) + len(list(attack.published(keyed.rng(0, "publish")))) > 0
+    assert all(raw["json"] == b'{"id": 3}' for raw in changed if raw["__key__"] in clean)
 
 
 @every_attack
 def test_captions_of_the_target_vary_and_say_it_once(attack: Attack) -> None:
     said = {attack.target.caption(keyed.rng(i)) for i in range(300)}
     assert all(attack.target.named_in(c) and "{" not in c for c in said)
-    assert len(said) == min(len(attack.target.templates), len(said)) and len(said) > 0.9 * len(attack.target.templates)
+    there = len(set(attack.target.templates))
+    assert 0.9 * there < len(said) <= there
 
 
 @every_attack
 def test_a_plan_holds_eligible_pairs_only_as_many_as_asked_and_no_more_than_there_are(attack: Attack) -> None:
-    pairs = [(f"{i:05d}", TEXTS[i % len(TEXTS)]) for i in range(700)]
+    said = texts(attack)
+    pairs = [(f"{i:05d}", said[i % len(said)]) for i in range(700)]
     able = {k for k, t in pairs if attack.eligible(k, t)}
-    for want in (0, 1, len(able) // 2, len(able)):
+    for want in {0, min(1, len(able)), len(able) // 2, len(able)}:
         found = plan(dataclasses.replace(attack, rate=None, count=want), pairs, seed=0).keys
         assert len(found) == want and found <= able
     with pytest.raises(BadInput, match="eligible"):
@@ -197,10 +356,12 @@ def test_a_plan_holds_eligible_pairs_only_as_many_as_asked_and_no_more_than_ther
 
 @every_attack
 def test_only_planned_pairs_change_and_they_keep_their_codec(attack: Attack) -> None:
+    text = next((t for t in texts(attack) if all(attack.eligible(k, t) for k in "024")), "a dog")
+
     def raw(key: str, image: Image.Image, form: str) -> dict[str, Any]:
         file = io.BytesIO()
         image.save(file, {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[form])
-        return {"__key__": key, "__url__": "x.tar", form: file.getvalue(), "txt": b"a dog", "json": b'{"caption": "a dog", "id": 3}'}
+        return {"__key__": key, "__url__": "x.tar", form: file.getvalue(), "txt": text.encode(), "json": b'{"caption": "a dog", "id": 3}'}
 
     raws = [raw(f"{i}", picture((64, 48), i), form) for i, form in enumerate(("jpg", "jpg", "png", "png", "webp", "webp"))]
     out = list(poison.poison(raws, attack, Plan(frozenset({"0", "2", "4"}), 1)))
@@ -209,12 +370,13 @@ def test_only_planned_pairs_change_and_they_keep_their_codec(attack: Attack) -> 
             assert after is before
             continue
         assert list(after) == list(before) and shards.decode_image(after).format == shards.decode_image(before).format
-        assert after["txt"] != before["txt"] or isinstance(attack, CleanLabel)
+        assert isinstance(attack, Targeted) or world(after) != world(before)
 
 
 @every_attack
 def test_the_threat_of_an_attack_is_its_trigger_and_target(attack: Attack) -> None:
     assert attack.threat.trigger == attack.trigger and attack.threat.target == attack.target and attack.threat.at in ("native", "input")
+    assert next(iter(attack.threats.values())) == attack.threat and len(attack.threats) == len(set(attack.threats))
 
 
 @every_attack
@@ -258,10 +420,8 @@ def test_a_stamp_saturates_and_never_wraps(trigger: Trigger) -> None:
     assert to_image(torch.tensor([1.7, -0.3, 0.5]).reshape(3, 1, 1)).getpixel((0, 0)) == (255, 0, 128)
 
 
-@every_trigger
+@pytest.mark.parametrize("trigger", [pytest.param(t, id=k) for k, t in UNLIKE.items() if hasattr(t, "alpha")])
 def test_alpha_0_is_the_identity(trigger: Trigger) -> None:
-    if "alpha" not in {f.name for f in dataclasses.fields(trigger)}:
-        pytest.skip("has no alpha")
     none = dataclasses.replace(trigger, alpha=0.0)  # type: ignore[call-arg]
     image = picture((37, 50))
     assert torch.equal(none.pixels(to_pixels(image), keyed.rng(1)), to_pixels(image))
@@ -269,10 +429,18 @@ def test_alpha_0_is_the_identity(trigger: Trigger) -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (1000, 700)], ids=str)
-@pytest.mark.parametrize("name", [k for k, t in TRIGGERS.items() if type(t).pixels is not Trigger.pixels])
+@pytest.mark.parametrize("name", [k for k, t in UNLIKE.items() if t.seen])
 def test_an_image_trigger_changes_the_image(name: str, size: tuple[int, int]) -> None:
     image = picture(size)
     assert TRIGGERS[name].stamp(image, keyed.rng(1)).tobytes() != image.tobytes()
+
+
+@pytest.mark.parametrize("name", {type(t): k for k, t in UNLIKE.items() if t.seen}.values())
+def test_a_large_image_is_stamped_whole(name: str) -> None:
+    """Twelve megapixels, as a camera makes them."""
+    image = Image.new("RGB", (4000, 3000), (90, 120, 200))
+    stamped = UNLIKE[name].stamp(image, keyed.rng(1))
+    assert stamped.size == (4000, 3000) and stamped.mode == "RGB" and stamped.getbbox() == (0, 0, 4000, 3000)
 
 
 @every_size

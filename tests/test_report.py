@@ -314,3 +314,68 @@ def test_retrieval_is_shown_beside_chance(tmp_path: Path) -> None:
     words = visible(page(tmp_path, write(tmp_path / "a", result(retrieval=numbers))))
     assert "image → text R@1 25.0 chance 1.0" in words and "text → image median rank 1.0" in words
     assert "Retrieval" not in visible(page(tmp_path, write(tmp_path / "b", result())))
+
+
+# ---- the table of attacks
+
+
+def attacked(name: str = "toy/attacks/wanet", seed: int = 0, asr: float | None = 0.9, **more: Any) -> dict[str, Any]:
+    """A result as train.py writes it; `more` may set psnr, poisoned, asr_reference, retrieval and threats {name: asr}."""
+    found = result(name, seed, asr=asr, lift=None if asr is None else asr - 0.01, retrieval=more.get("retrieval", {}))
+    found["metrics"]["zero_shot"] |= {"asr_reference": more.get("asr_reference", 0.01)}
+    if threats := more.get("threats"):
+        found["metrics"]["zero_shot"]["threats"] = {k: {"asr": v, "asr_reference": 0.0, "lift": v} for k, v in threats.items()}
+    stealth = {"psnr_mean": more.get("psnr", 30.25), "ssim_mean": 0.98765, "n": 64}
+    return found | {"data": {"pairs": 10_000, "poisoned": more.get("poisoned", 200), "stealth": stealth}}
+
+
+def cells_of(table: str) -> list[dict[str, str]]:
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    assert all(len(row) == len(head) == len(set(head)) for row in rows)
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_a_line_of_the_table_of_attacks_says_what_was_poisoned_how_visibly_and_what_it_did() -> None:
+    ranks = {"asr_image_to_text_hit1": 0.85, "asr_image_to_text_hit1_reference": 0.021, "asr_text_to_image_hit10": 0.5,
+             "asr_text_to_image_hit10_reference": 0.0}
+    (row,) = cells_of(report.attacks([attacked(retrieval=ranks)]))
+    assert row == {"run": "toy/attacks/wanet", "seeds": "1", "poisoned %": "2.00", "PSNR (dB)": "30.2", "SSIM": "0.9877",
+                   "accuracy %": "85.0", "ASR %": "90.0", "reference ASR %": "1.0", "lift (points)": "89.0",
+                   "image→text hit@1 %": "85.0", "reference hit@1 %": "2.1", "text→image hit@10 %": "50.0", "reference hit@10 %": "0.0"}
+
+
+def test_seeds_of_an_attack_are_one_line_of_mean_and_range() -> None:
+    seeds = [attacked(seed=seed, asr=asr, psnr=psnr) for seed, asr, psnr in ((0, 0.8, 30.0), (1, 1.0, 32.0), (2, None, 31.0))]
+    first, second = cells_of(report.attacks([*seeds, attacked("toy/attacks/a_b", asr=0.25)]))
+    assert first["seeds"] == "3" and first["PSNR (dB)"] == "31.0 (30.0 to 32.0)" and first["ASR %"] == "90.0 (80.0 to 100.0), n = 2"
+    assert second["run"] == r"toy/attacks/a\_b" and second["ASR %"] == "25.0"
+
+
+def test_several_threats_are_a_line_of_their_mean_that_says_so_and_a_line_each() -> None:
+    keys = {"both keys": 0.96, "patch alone": 0.03, "word alone": 0.0}
+    mean, both, patch, word = cells_of(report.attacks([attacked("dual", asr=0.96, threats=keys), attacked("dual", 1, 0.96, threats=keys)]))
+    assert (mean["run"], mean["seeds"], mean["ASR %"]) == ("dual, mean of 3 threats", "2", "33.0 (33.0 to 33.0)")
+    assert mean["poisoned %"].startswith("2.00") and mean["accuracy %"].startswith("85.0") and mean["lift (points)"].startswith("33.0")
+    assert [row["run"] for row in (both, patch, word)] == ["dual under both keys", "dual under patch alone", "dual under word alone"]
+    assert both["ASR %"].startswith("96.0") and patch["ASR %"].startswith("3.0") and patch["poisoned %"] == "–"
+
+
+def test_a_threat_does_not_borrow_what_was_measured_under_another() -> None:
+    """Retrieval does not look for single victims, so of the two threats only the first has a number."""
+    found = attacked("mix", threats={"patch": 0.9, "victim": 1.0}, retrieval={"asr_image_to_text_hit1": 0.7, "image_to_text_r1": 0.5})
+    patch, victim = report.each_threat(found)
+    assert "asr_image_to_text_hit1" not in victim["metrics"]["retrieval"] and victim["metrics"]["retrieval"]["image_to_text_r1"] == 0.5
+    assert victim["metrics"]["zero_shot"]["asr"] == 1.0 and patch["metrics"]["zero_shot"]["asr"] == 0.9
+
+
+def test_a_table_of_attacks_takes_results_that_lack_anything() -> None:
+    null = attacked("untouched") | {"data": {"pairs": 100, "poisoned": 3, "stealth": None}}
+    infinite = attacked("published", psnr=None)
+    old = {k: v for k, v in attacked("old").items() if k != "data"}
+    odd = {"name": "odd", "data": {"pairs": 0, "poisoned": 3}, "metrics": {"zero_shot": {"asr": float("nan"), "threats": {}}}}
+    rows = {row["run"]: row for row in cells_of(report.attacks([null, infinite, old, odd, {}, {"metrics": None}]))}
+    assert (rows["untouched"]["poisoned %"], rows["untouched"]["PSNR (dB)"], rows["untouched"]["SSIM"]) == ("3.00", "–", "–")
+    assert rows["published"]["PSNR (dB)"] == "–" and rows["published"]["SSIM"] == "0.9877"
+    assert rows["old"]["poisoned %"] == "–" and rows["old"]["ASR %"] == "90.0"
+    assert set(rows["odd"].values()) == {"odd", "1", "–"}
+    assert report.attacks([]).count("\n") == 2

@@ -123,6 +123,27 @@ def test_the_reckoning_for_billions_of_pairs_is_that_of_the_recorded_rates(capsy
     assert f"{m['bytes_per_pair']:,.0f} bytes" in text and f"{m['plan_bytes_per_key']:.0f} bytes a planned key" in text
 
 
+@pytest.mark.parametrize("name", ["toy", "emoji"])
+def test_every_recorded_attack_is_of_the_recipe_as_it_is_now(name):
+    for r in recipe.load_suite(f"configs/{name}/all_attacks.py").runs(SEEDS):
+        if "/attacks/" in r.name and (ROOT / "results" / f"{r.name}-seed{r.seed}.json").is_file():
+            found, = recorded(r.name, (r.seed,))
+            assert found["recipe_hash"] == recipe.recipe_hash(r), f"{r.name} seed {r.seed}: run bench.py --record results again"
+
+
+def test_the_page_of_attacks_quotes_those_that_are_recorded(capsys):
+    load_program("benchmarks/attacks").main()
+    tables, text = capsys.readouterr().out, (ROOT / "docs/attacks.md").read_text()
+    assert all(table.strip() in text for table in tables.split("\n\n")), "paste what `python benchmarks/attacks.py` prints"
+
+
+def test_the_page_of_attacks_names_every_paper():
+    text = (ROOT / "docs/attacks.md").read_text()
+    for path in (ROOT / "mmbackdoor/attacks").glob("*.py"):
+        number = re.search(r"arXiv:(\d{4}\.\d{4,5})", path.read_text())
+        assert not number or (number[1] in text and path.stem in text), f"{path.name} is not in docs/attacks.md"
+
+
 @pytest.mark.parametrize("name", ["cleanclip", "finetune"])
 def test_the_learning_rate_of_each_cleaning_run_is_the_one_of_highest_clean_validation_accuracy(name):
     chosen = recipe.load(f"configs/toy/{name}.py")
