@@ -1,11 +1,11 @@
-"""How many images of 224 x 224 pixels an attack poisons in a second, on one thread.
+"""How many images of 224 x 224 pixels an attack poisons in a second of one core's time.
 
     python benchmarks/triggers.py [--json] [--record results/triggers.json]
 
 Every attack of mmbackdoor/attacks/ with the paper's numbers: stamping its trigger on an image, or, where the image is composed of
 others, all of its poisoning. Without decoding and encoding, which cost the same for all. The median of the rounds; the attacks take
 turns. Files that an attack needs are made: pictures, and crafted triggers, which are as large as those of a model of 224 pixels, but
-hardly optimised, as that does not matter here. Run it on a quiet machine.
+hardly optimised, as that does not matter here.
 """
 import dataclasses
 import importlib
@@ -14,6 +14,7 @@ import io
 import json
 import pkgutil
 import tempfile
+import time
 import typing
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -132,7 +133,7 @@ def main(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False, rounds: i
             except BadInput as error:
                 skipped[name] = str(error).replace(top, "…")
                 works.pop(name, None)
-        rates = {name: MANY / seconds for name, seconds in medians(rounds, **works).items()}
+        rates = {name: MANY / seconds for name, seconds in medians(rounds, time.process_time, **works).items()}
     found = {"images_per_second": {name: round(rate, 1) for name, rate in rates.items()}, "skipped": skipped}
     if record:
         stores.write_json(record, found | {"environment": environment(1, "cpu")})
