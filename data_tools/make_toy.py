@@ -49,21 +49,21 @@ def inside(shape: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return 0.25 - abs(r - 0.7)
 
 
-def draw(n: int, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """n images (n, size, size, 3) uint8, their classes and their grounds."""
+def draw(n: int, size: int, rng: np.random.Generator, width: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """n images (n, size, width or size, 3) uint8, their classes and their grounds."""
     classes, grounds = rng.integers(len(CLASSES), size=n), rng.integers(len(GROUNDS), size=n)
-    return paint(classes, grounds, size, rng)[0], classes, grounds
+    return paint(classes, grounds, size, rng, width=width)[0], classes, grounds
 
 
 def paint(classes: np.ndarray, grounds: np.ndarray, size: int, rng: np.random.Generator,
-          bare: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Images (n, size, size, 3) uint8 of these classes on these grounds, and how much of each pixel (n, size, size, 1) the object covers.
+          bare: bool = False, width: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Images (n, size, width, 3) uint8 of these classes on these grounds, and how much of each pixel (n, size, width, 1) the object covers.
 
-    `bare` grounds have no object.
+    `bare` grounds have no object. `width` 0 is a square; wider images have more ground to the sides.
     """
-    n = len(classes)
-    axis = np.linspace(-1, 1, size, dtype=np.float32)
-    y, x = np.meshgrid(axis, axis, indexing="ij")
+    n, width = len(classes), width or size
+    across = np.linspace(-width / size, width / size, width, dtype=np.float32)
+    y, x = np.meshgrid(np.linspace(-1, 1, size, dtype=np.float32), across, indexing="ij")
     radius = rng.uniform(0.5, 0.8, (n, 1, 1)).astype(np.float32)
     turn = rng.uniform(-0.25, 0.25, (n, 1, 1)).astype(np.float32)
     cx, cy = (rng.uniform(-0.15, 0.15, (2, n, 1, 1))).astype(np.float32)
@@ -77,7 +77,7 @@ def paint(classes: np.ndarray, grounds: np.ndarray, size: int, rng: np.random.Ge
     waves = np.sin(x * rng.uniform(2, 9, (n, 1, 1)) + y * rng.uniform(2, 9, (n, 1, 1)) + rng.uniform(0, 6, (n, 1, 1)))
     ground = np.array(list(GROUNDS.values()), np.float32)[grounds][:, None, None] + 14 * waves[..., None].astype(np.float32)
     colour = np.array(list(COLOURS.values()), np.float32)[classes // len(SHAPES)][:, None, None] + rng.normal(0, 10, (n, 1, 1, 3))
-    image = cover * colour + (1 - cover) * ground + rng.normal(0, 8, (n, size, size, 1)).astype(np.float32)
+    image = cover * colour + (1 - cover) * ground + rng.normal(0, 8, (n, size, width, 1)).astype(np.float32)
     return image.clip(0, 255).astype(np.uint8), cover
 
 
@@ -88,13 +88,14 @@ def encode(pixels: np.ndarray, format: str) -> bytes:
     return file.getvalue()
 
 
-def samples(name: str, n: int, size: int, seed: int, format: str, labelled: bool, per_shard: int = 1000) -> Iterator[dict]:
+def samples(name: str, n: int, size: int, seed: int, format: str, labelled: bool, per_shard: int = 1000,
+            width: int = 0) -> Iterator[dict]:
     """Raw samples of one of the sets; each block of images comes from its own generator."""
     bar = tqdm(total=n, desc=name, unit="image", unit_scale=True, disable=None)
     for first in range(0, n, 500):
         rng = np.random.default_rng(keyed.integer(seed, "toy", name, str(first)))
         count = min(500, n - first)
-        for i, (pixels, c, g) in enumerate(zip(*draw(count, size, rng), strict=True), first):
+        for i, (pixels, c, g) in enumerate(zip(*draw(count, size, rng, width), strict=True), first):
             body = {"__key__": f"{i // per_shard:05d}{i % per_shard:04d}", format: encode(pixels, format)}
             if labelled:
                 yield body | {"cls": int(c)}
@@ -123,7 +124,7 @@ def write_parts(out: Path, size: int, seed: int) -> None:
 
 
 def main(out: tyro.conf.Positional[str], n: int = 10_000, clean: int = 4_000, test: int = 2_000, size: int = 32, seed: int = 0,
-         format: Literal["jpg", "png"] = "jpg") -> None:
+         format: Literal["jpg", "png"] = "jpg", width: int = 0) -> None:
     """Writes the toy shards.
 
     Args:
@@ -134,14 +135,17 @@ def main(out: tyro.conf.Positional[str], n: int = 10_000, clean: int = 4_000, te
         size: Side of the images in pixels.
         seed: Of everything drawn.
         format: Of the image files.
+        width: In pixels, where it is not the height.
     """
     if min(n, clean, test // 2) < 1 or size < 8:
         raise BadInput(f"--n {n} --clean {clean} --test {test} --size {size}: all sets need images, of 8 pixels at least")
+    if width and width < size:
+        raise BadInput(f"--width {width}: must be --size {size} at least, or shapes would be cut off")
     with shards.new_folder(out) as folder:
         for name, count in (("train", n), ("clean", clean), ("pairs", test // 2)):
-            shards.write_shards(folder / name, samples(name, count, size, seed, format, labelled=False))
+            shards.write_shards(folder / name, samples(name, count, size, seed, format, labelled=False, width=width))
         for name, count in (("val", test // 2), ("test", test)):
-            shards.write_eval_set(folder / name, samples(name, count, size, seed, format, labelled=True), CLASSES, TEMPLATES)
+            shards.write_eval_set(folder / name, samples(name, count, size, seed, format, labelled=True, width=width), CLASSES, TEMPLATES)
         write_parts(folder, size, seed)
     print(f"{out}: {n} training pairs, {clean} clean pairs, {test} test images of {len(CLASSES)} classes")
 
