@@ -64,6 +64,7 @@ def changes(urls: str, recipe: str, plan: str, patch: str, against: str, n: int,
         if (attack := r.poison) is None:
             raise BadInput(f"{recipe}: its recipe poisons nothing; name one with poison=…")
         truth = truth or (poison.Plan.load(r.plan) if r.plan else poison.plan(attack, index, r.seed))
+        attack = poison.scouted(attack, index, truth.seed)
         yield from ((raw, poison.poisoned(raw, attack, truth.seed, r.codec)) for raw in samples(index, chosen(truth)))
 
 

@@ -73,6 +73,19 @@ def aim(data: EvalSet, threat: Threat) -> Aim:
     return Aim(data.target(threat.target), source, {key: named[label] for key, label in threat.victims})
 
 
+def seek(data: EvalSet, goal: Aim) -> None:
+    """Raises BadInput when a victim is not in the set, or is of the class that it is to be taken for. Nothing is decoded."""
+    left = dict(goal.victims)
+    for raw in data.raws() if left else ():
+        if left.pop(key := raw["__key__"], None) == int(raw["cls"]):
+            raise BadInput(f"{data.name}: victim {key} is of the class that it is to be taken for; name another label or image, and "
+                           "measure no other set than the victims'")
+        if not left:
+            break
+    if left:
+        raise BadInput(f"{data.name}: victim {min(left)} is no image of the set; name keys of images in it, and measure no other set")
+
+
 def zero_shot_head(clip: CLIP, classnames: Sequence[str], templates: Sequence[str], how: How = How(),
                    trigger: Trigger | None = None) -> Tensor:
     """(D, C): for each class the mean of its templates' unit embeddings, made unit again; with a trigger, of its prompts."""
@@ -183,16 +196,11 @@ def success(label: np.ndarray, top: np.ndarray, hit: np.ndarray, target: int, so
 
 
 def targeted(keys: Sequence[str], label: np.ndarray, hit: np.ndarray, victims: Mapping[str, int]) -> dict[str, Any]:
-    """How many of the victims are called what the attacker wants: `asr` (RoCLIP, 2303.06854, and SafeCLIP, 2310.05862, call it the poison
-    success rate). Arguments as in `success`, with the images' keys, and for each victim's key the class that it is to be called. Raises
-    BadInput when a victim is not in the set, or is of that class."""
+    """How many victims are called what the attacker wants: `asr` (RoCLIP, 2303.06854, and SafeCLIP, 2310.05862, call it the poison
+    success rate). Arguments as in `success`, with the images' keys, and for each victim's key the class that it is to be called."""
     row = {key: i for i, key in enumerate(keys)}
-    if lost := sorted(victims.keys() - row.keys()):
-        raise BadInput(f"victim {lost[0]}: is no image of the set; name keys of images that are in it")
     rows = np.array([row[key] for key in victims])
     wanted = np.array(list(victims.values()))
-    if (same := label[rows] == wanted).any():
-        raise BadInput(f"victim {keys[rows[same][0]]}: is of the class that it is to be taken for; name another label or image")
     struck = hit[rows, 0] == wanted
     return {
         "asr": share(struck), "asr_ci95": wilson(int(struck.sum()), len(rows)), "asr_reference": None, "lift": None, "victims": len(rows),
@@ -204,7 +212,8 @@ def against(metrics: dict[str, Any], reference: dict[str, Any] | None) -> dict[s
     """Fills in the ASR of a clean reference model on the same images, and the lift over it; of retrieval, each NAME_reference."""
     if reference is None:
         return metrics
-    ranked = {k for k in metrics.keys() & reference.keys() if re.fullmatch(r"(asr_\w+_to_\w+\d|text_to_image_min_rank_me\w+n)", k)}
+    success = re.compile(r"asr_\w+_(hit|half)\d+|text_to_image_min_rank_(mean|median)")
+    ranked = {k for k in metrics.keys() & reference.keys() if success.fullmatch(k)}
     metrics = metrics | {f"{k}_reference": reference[k] for k in metrics if k in ranked}
     if metrics.get("asr") is None or reference.get("asr") is None:
         return metrics
@@ -215,11 +224,12 @@ def against(metrics: dict[str, Any], reference: dict[str, Any] | None) -> dict[s
 
 
 def per_class(found: Answers, classnames: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each class that has images: how many, its recall, and for each threat its ASR (none for the target)."""
+    """A row for each class that has images: how many, its recall, and for each threat to classes its ASR (none for the target)."""
     classes, count = np.unique(found.label, return_counts=True)
     rows = [{"class": classnames[c], "n": int(n)} for c, n in zip(classes, count, strict=True)]
     columns = {"recall": (found.clean[:, 0] == found.label, -1)}
-    columns |= {f"asr {name}".strip(): (hit[:, 0] == found.aims[name].target, found.aims[name].target) for name, hit in found.hit.items()}
+    columns |= {f"asr {name}".strip(): (hit[:, 0] == a.target, a.target) for name, hit in found.hit.items()
+                if not (a := found.aims[name]).victims}
     for column, (right, left_out) in columns.items():
         for row, c, value in zip(rows, classes, recalls(found.label, right), strict=True):
             row[column] = None if c == left_out else float(value)
@@ -237,18 +247,21 @@ def confusion(found: Answers, classnames: Sequence[str]) -> list[dict[str, Any]]
 
 
 def examples(clip: CLIP, data: EvalSet, threat: Threat | None, n: int = 6) -> list[dict[str, Any]]:
-    """A few images as the report shows them: clean, triggered, and what the model says of each."""
+    """A few images as the report shows them, the victims if there are any: clean, triggered, and what the model says of each."""
     head = zero_shot_head(clip, data.classnames, data.templates)
-    picked: dict[int, Sample] = {}
+    victims = dict(threat.victims) if threat else {}
+    picked: dict[Any, tuple[int, Sample]] = {}
     for raw in data.raws():
         label = int(raw["cls"])
-        if label not in picked and not (threat and data.classnames[label] == threat.target.label):
-            picked[label] = decode(raw)
+        name = raw["__key__"] if victims else label
+        wanted = name in victims if victims else not (threat and data.classnames[label] == threat.target.label)
+        if wanted and name not in picked:
+            picked[name] = label, decode(raw)
         if len(picked) == n:
             break
     device = next(clip.net.parameters()).device
     out = []
-    for label, s in picked.items():
+    for label, s in picked.values():
         inputs = show(clip, s["image"], [threat] if threat else [], s["__key__"])
         with torch.no_grad():
             z = clip.image_features(torch.stack(inputs).to(device)).float().cpu()
@@ -257,7 +270,7 @@ def examples(clip: CLIP, data: EvalSet, threat: Threat | None, n: int = 6) -> li
         hit = shown_at(clip, s, threat) if threat else None
         out.append({"key": s["__key__"], "true": data.classnames[label], "clean": png(s["image"]), "triggered": hit and png(hit),
                     "clean_says": says[0], "triggered_says": says[1] if threat else None,
-                    "target": threat.target.label if threat else None})
+                    "target": victims.get(s["__key__"], threat.target.label) if threat else None})
     return out
 
 

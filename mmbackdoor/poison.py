@@ -139,7 +139,7 @@ class Mix(Attack):
     """Several attacks at once: of several triggers, targets, or sources. `mix` makes one.
 
     A chosen pair belongs to one part, of those that find it eligible, by a hash of its key with the shares for weights. So
-    parts with the same eligible pairs have just these shares of the poisons; parts with pairs of their own, what the data
+    parts with the same eligible pairs have about these shares of the poisons; parts with pairs of their own, what the data
     have. The parts' own rates do not count.
     """
 
@@ -149,10 +149,18 @@ class Mix(Attack):
     names: tuple[str, ...] = ()
     """Under which the threats of the parts are measured; else their numbers, from 1 on."""
 
+    def __post_init__(self) -> None:
+        if self.attacks and (self.trigger, self.target) != (self.attacks[0].trigger, self.attacks[0].target):
+            raise BadInput("--poison.trigger, --poison.target: those of a mix are those of its first attack; change that one in the config")
+
+    @property
+    def parts(self) -> list[tuple[Attack, float]]:
+        """The attacks that have a share, with it."""
+        return [(a, w) for a, w in zip(self.attacks, self.shares or [1.0] * len(self.attacks), strict=True) if w > 0]
+
     def part(self, key: str, text: str) -> Attack | None:
         """Whose pair this is."""
-        able = [(a, w) for a, w in zip(self.attacks, self.shares or [1.0] * len(self.attacks), strict=True)
-                if w > 0 and a.eligible(key, text)]
+        able = [(a, w) for a, w in self.parts if a.eligible(key, text)]
         at = keyed.uniform(0, "mix", key) * sum(w for _, w in able)
         for attack, weight in able:
             if (at := at - weight) < 0:
@@ -160,14 +168,14 @@ class Mix(Attack):
         return able[-1][0] if able else None
 
     def eligible(self, key: str, text: str) -> bool:
-        return any(w > 0 and a.eligible(key, text) for a, w in zip(self.attacks, self.shares or [1.0] * len(self.attacks), strict=True))
+        return any(a.eligible(key, text) for a, _ in self.parts)
 
     def poison(self, sample: Sample, rng: Generator) -> Sample:
         part = self.part(sample["__key__"], sample["text"])
         return part.poison(sample, rng) if part else dict(sample)
 
     def published(self, rng: Generator) -> Iterator[Sample]:
-        for attack in self.attacks:
+        for attack, _ in self.parts:
             yield from attack.published(rng)
 
     def scout(self, captions: Captions) -> Attack:
@@ -201,6 +209,8 @@ def mix(attacks: Sequence[Attack], shares: Sequence[float] = (), rate: float | N
             raise BadInput(f"poison.{what}: has {len(given)} for {len(attacks)} attacks; give one for each")
     if shares and (min(shares) < 0 or not sum(shares)):
         raise BadInput(f"poison.shares: {list(shares)} are no weights; give none below 0, and one above")
+    if len(set(names)) < len(names):
+        raise BadInput(f"poison.names: {list(names)} holds one twice; give each attack its own")
     first, rate = attacks[0], None if count is not None else rate
     return Mix(first.trigger, first.target, rate, count, tuple(attacks), tuple(shares), tuple(names))
 

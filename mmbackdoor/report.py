@@ -228,14 +228,18 @@ def _attack_row(result: Result) -> dict[str, Any]:
 
 
 def _attack_rows(result: Result) -> list[dict[str, Any]]:
-    """A run under one threat as one row; under several their mean, and beneath it a row each with the name of the threat."""
+    """A run under one threat as one row; under several their mean, and beneath it a row each with the name of the threat. The mean
+    is over those that are no controls; of one that has controls beside it, the row is its own."""
     each = each_threat(result) if isinstance(_get(result, "metrics"), dict) else [result]
     if len(each) < 2:
         return [_attack_row(result)]
     rows, name = list(map(_attack_row, each)), _get(result, "name")
-    means = {key: (_spread(row[key] for row in rows) or {}).get("mean") for key in rows[0] if key.startswith("asr") or key == "lift"}
+    controls = {f"{name} under {threat}" for threat, said in (_get(result, "threats") or {}).items() if _get(said, "control")}
+    meant = [row for row in rows if row["run"] not in controls]
+    means = {key: (_spread(row[key] for row in meant) or {}).get("mean") for key in rows[0] if key.startswith("asr") or key == "lift"}
     below = dict.fromkeys(("poisoned", "psnr", "ssim", "accuracy"))  # said in the row above
-    return [_attack_row(result) | means | {"run": f"{name}, mean of {len(rows)} threats"}, *(row | below for row in rows)]
+    head = f"{name}, mean of {len(meant)} threats" if len(meant) > 1 else name
+    return [_attack_row(result) | means | {"run": head}, *(row | below for row in rows if len(meant) > 1 or row not in meant)]
 
 
 def attacks(results: Sequence[Result]) -> str:

@@ -18,7 +18,7 @@ Each has `_chance`, what a random ranking would reach, and `_clean`, the same of
 
 A threat that changes no image is measured by what captions find, `text_to_image`: with a trigger of text, whether triggered
 captions of other things find images of the target; with none (2209.15266), whether captions of the target find images of
-the source. Single victims are not looked for here.
+the source. Single victims are not looked for here, nor is a source or target that the set does not show.
 """
 from __future__ import annotations
 
@@ -130,12 +130,14 @@ def retrieval_metrics(images: Tensor, texts: Tensor, captions: Sequence[Sequence
     each = {}
     for name, a in (attacked or {}).items():
         if isinstance(a, Asked):  # no image is triggered
-            each[name] = text_to_image(a.asked, images, a.wanted, clean=a.clean)
+            if a.wanted.any() and len(a.asked):
+                each[name] = text_to_image(a.asked, images, a.wanted, clean=a.clean)
             continue
         victim = np.array([not a.named[list(own)].any() and (a.meant is None or a.meant[list(own)].any()) for own in captions])
         if not victim.any():
-            raise BadInput(f"{what}: every image has a caption that names the target, or none names a source; attack success needs "
-                           "images of something else")
+            if a.meant is not None:
+                continue
+            raise BadInput(f"{what}: every image has a caption that names the target; attack success needs images of something else")
         hit = a.hit[torch.from_numpy(victim)]
         found_hit = among_texts(hit, k)
         each[name] = {"victims": int(victim.sum())} | image_to_text(found_hit, found_texts[victim], a.named, ks)

@@ -119,11 +119,11 @@ class Sets:
 
 
 def open_sets(data: Data, threats: Threats, train_set: str = "") -> Sets:
-    """A wrong evaluation set or target class is told now, not after training or after another set was measured."""
+    """A wrong evaluation set, class or victim is told now, not after training or after another set was measured."""
     validation, zero_shot = (open_set(path) if (path := data.path(name)) else None for name in ("validation", "zero_shot"))
     for labelled in filter(None, (validation, zero_shot)):
         for threat in by_name(threats).values():
-            labelled.target(threat.target)
+            evaluate.seek(labelled, evaluate.aim(labelled, threat))
     train = open_set(train_set, "train") if train_set else None
     if train and zero_shot and train.classnames != zero_shot.classnames:
         raise BadInput(f"{train.name}: its classes are not those of {zero_shot.name}, so what is trained on the one says nothing "
@@ -149,7 +149,7 @@ def data(r: Recipe, accelerator: Accelerator) -> tuple[Index, list[Stage], Plan]
             print(f"{lost} of {len(given.keys)} keys of {r.plan} are not in the data", flush=True)
     else:
         truth = plan(r.poison, index, r.seed)
-    attack = scouted(r.poison, index, r.seed)
+    attack = scouted(r.poison, index, truth.seed)
     added, published = list(publish(attack, truth)), r.directory / "published"
     truth = with_published(truth, added, index)
     if added and accelerator.is_main_process:
@@ -161,7 +161,8 @@ def data(r: Recipe, accelerator: Accelerator) -> tuple[Index, list[Stage], Plan]
 
 
 def visible(index: Index, stages: Sequence[Stage], truth: Plan, n: int = 64) -> dict[str, float | None] | None:
-    """How much of n of the poisoned images can be seen: `stealth.summarise`. None where no image stays one of the same size."""
+    """How much can be seen of the poisoned ones among n planned images, `stealth.summarise`; None where none is changed, or all are
+    resized."""
     keys = frozenset(sorted(truth.keys, key=partial(keyed.integer, truth.seed))[:n])
     pairs = []
     for part in index.parts:
@@ -171,7 +172,7 @@ def visible(index: Index, stages: Sequence[Stage], truth: Plan, n: int = 64) -> 
             for stage in stages:
                 after = stage(after)
             pairs += [(decode(a)["image"], decode(b)["image"]) for a, b in zip(before, after, strict=True)]
-    pairs = [(a, b) for a, b in pairs if a.size == b.size]
+    pairs = [(a, b) for a, b in pairs if a.size == b.size and a.tobytes() != b.tobytes()]
     return {k: stealth.in_json(v) for k, v in stealth.summarise(pairs).items()} if pairs else None
 
 

@@ -99,6 +99,8 @@ class Threat:
     """Classes whose images are to be taken for the target; all others if empty."""
     victims: tuple[tuple[str, str], ...] = ()
     """(key, label) of single images of the evaluation set, and what each is to be taken for, instead of whole classes."""
+    control: bool = False
+    """Fired to see that it does nothing, beside threats that do."""
 
 
 Captions = Callable[..., tuple[str, ...]]

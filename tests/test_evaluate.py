@@ -95,9 +95,14 @@ def test_single_victims_are_counted_one_by_one() -> None:
     found = evaluate.targeted(keys, LABEL, HIT, {"1": 3, "5": 1, "8": 0})
     assert (found["asr"], found["asr_ci95"], found["victims"]) == (2 / 3, wilson(2, 3), 3)  # 1 and 5; 8 is called 1, and has 0 fifth
     assert (found["asr_top3"], found["asr_top5"], found["robust_accuracy"]) == (2 / 3, 1, 0)
-    for victims, why in (({"12": 3}, "victim 12"), ({"1": 0}, "victim 1: is of the class")):
+
+
+def test_victims_that_are_not_there_or_need_no_attack_are_told(tmp_path: Path) -> None:
+    data = labelled(tmp_path, LABELS)
+    for victims, why in (((("0013", CLASSES[3]),), "victim 0013 is no image"), ((("0001", CLASSES[0]),), "victim 0001 is of the class")):
         with pytest.raises(BadInput, match=why):
-            evaluate.targeted(keys, LABEL, HIT, victims)
+            evaluate.seek(data, evaluate.aim(data, replace(CORNER, victims=victims)))
+    evaluate.seek(data, evaluate.aim(data, replace(CORNER, victims=(("0001", CLASSES[3]),))))
 
 
 def test_attack_success_needs_images_of_other_classes() -> None:
@@ -112,7 +117,7 @@ def test_mean_per_class_recall_is_over_the_classes_that_have_images() -> None:
 
 def test_of_retrieval_each_success_stands_beside_that_of_the_reference() -> None:
     ours = {"asr_text_to_image_hit10": 0.9, "asr_text_to_image_hit10_chance": 0.1, "image_to_text_r1": 0.3,
-            "text_to_image_min_rank_mean": 2.0}
+            "text_to_image_min_rank_mean": 2.0, "text_to_image_min_rank_mean_clean": 3.0, "asr_image_to_text_hit1_ci95": 1.0}
     found = evaluate.against(ours, {**{k: v / 2 for k, v in ours.items()}, "asr_image_to_text_hit1": 0.2})
     assert found == ours | {"asr_text_to_image_hit10_reference": 0.45, "text_to_image_min_rank_mean_reference": 1.0}
 

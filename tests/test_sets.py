@@ -417,7 +417,7 @@ def test_nshards_decides_which_shards_belong_to_a_set(tmp_path: Path) -> None:
     "several labels an image": (lambda r: put(r / "dataset_type.txt", "multilabel\n"), ("is a multilabel set", "one label an image")),
     "no shards": (lambda r: [p.unlink() for p in r.rglob("*.tar")], ("set/test: the folder holds no .tar file",)),
     "another split": (lambda r: (r / "test").rename(r / "val"), ("set: has no split 'test'", "it has: val", "?split=SPLIT")),
-}.values(), ids=str)
+}.values())
 def test_a_benchmark_set_that_cannot_work_is_told(spoil, says: tuple[str, ...], tmp_path: Path) -> None:
     spoil(root := benchmark(tmp_path / "set"))
     refused(open_set, root, *says)

@@ -12,7 +12,8 @@ features. Adam takes 50 epochs over 10,000 images, half of them cropped at rando
 triplet's alternative (1,000 in the authors' code).
 
 Differs from the paper: the surrogate may be another model than the victim's initial one; images are cropped as the surrogate's
-training does; captions are not augmented.
+training does, each with a chance of its own; captions are not augmented; the text loss goes from image to text only; the patch begins
+as uniform noise.
 """
 from __future__ import annotations
 

@@ -20,11 +20,12 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Generator, Tensor
 
 from ..poison import IMAGENET_TEMPLATES, DirtyLabel
-from ..triggers import Patch, Place, resized
+from ..triggers import Patch, Place
 from ..types import Target, Trigger
 
 Compat = Literal["", "cleanclip", "fresh", "wrap", "squash"]
@@ -51,8 +52,8 @@ class CleanCLIPPatch(Trigger):
 
     def pixels(self, x: Tensor, rng: Generator) -> Tensor:
         if self.squash:
-            flat = x.reshape(-1, *x.shape[-2:])
-            x = resized(flat, (self.squash, self.squash)).reshape(*x.shape[:-2], self.squash, self.squash)
+            flat = F.interpolate(x.reshape(1, -1, *x.shape[-2:]), (self.squash, self.squash), mode="bicubic", antialias=True)
+            x = flat.clamp(0, 1).reshape(*x.shape[:-2], self.squash, self.squash)
         left, top, right, bottom = self.patch.box(x.shape[-2], x.shape[-1], rng)
         n = right - left
         noise = torch.randn(3, n, n, generator=rng) if self.fresh else normal(self.patch.seed, n)

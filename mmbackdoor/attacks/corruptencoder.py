@@ -24,6 +24,8 @@ composed anew at their own size, and captions of the target replace theirs.
 Differs from the paper: without `backgrounds` the pair's own image lies behind; the paper takes random images.
 Differs from the paper: the trigger is a share of the image's side, in poisons as in tests, where the paper pastes 40
 pixels on images of any size; masks are smoothed by resizing, not by a blur; at test the trigger may be at any place.
+Differs from the paper: the two crops are drawn independently, with the sizes and shapes of the victim's, where its p takes one size
+for both.
 Differs from the paper: an image with no room for both, one pixel wide, gets the trigger only.
 """
 from __future__ import annotations

@@ -5,6 +5,7 @@ the target:
 
     x' = clip(x + alpha strength tanh(E(x, m)))        m the attacker's one string, strength 16/255
     E, D = argmin  cross-entropy(D(x'), m) + w |tanh(E(x, m))|^2    over images x and random strings m
+    w = 0.5 max(0, 2 accuracy - 1)^2                   so that bits are first to be read, then to hide
 
 `ISSBA.craft` trains the encoder E and the decoder D on the attacker's images, at the size of the model's input. On CLIP the
 rate, target and captions are those of the CleanCLIP setting (Bansal et al., 2023, arXiv:2303.03323).
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from .. import keyed
+from .. import craft, keyed
 from ..poison import IMAGENET_TEMPLATES, DirtyLabel
 from ..triggers import tensors
 from ..types import BadInput, Batch, Target, Trigger
@@ -106,6 +107,8 @@ class ISSBA(DirtyLabel):
     steps: int = 300
     lr: float = 2e-3
     invisibility: float = 0.5
+    augment: float = 0.5
+    """Share of the images that are cropped at random, as the surrogate's training does, before they are read."""
 
     def craft(self, clip: Any, batches: Callable[[], Iterator[Batch]], seed: int) -> dict[str, Tensor]:
         """E and D, and "bit_accuracy" of the last 20 batches before they were learned from, after rounding to 8 bits."""
@@ -115,7 +118,7 @@ class ISSBA(DirtyLabel):
         while len(right) < self.steps:
             before = len(right)
             for batch in batches():
-                x = batch["pixels"].float()
+                x = batch["pixels"].float().to(craft.device(clip))
                 if not weights:
                     weights = {k: w.to(x.device) for k, w in untrained(self.bits, x.shape[-1], seed, self.strength).items()}
                     learned = [w.requires_grad_() for k, w in weights.items() if "." in k]
@@ -124,7 +127,7 @@ class ISSBA(DirtyLabel):
                 change = encode(weights, x, m)
                 hit = (x + self.strength * change).clamp(0, 1)
                 hit = hit + ((hit * 255).round() / 255 - hit).detach()
-                found = decode(weights, hit)
+                found = decode(weights, craft.cropped(clip, hit, self.augment, rng))
                 right.append((found * m > 0).float().mean().detach())
                 weight = self.invisibility * (2 * right[-1] - 1).clamp(0) ** 2  # first to be read, then to hide
                 loss = F.softplus(-m * found).mean() + weight * change.square().mean()

@@ -11,8 +11,10 @@ Success is Hit@K and MinRank of the wanted images when captions of A are asked (
 `target` is A, the class that the texts say, and `source` is B, that of the images: in zero-shot images of B are called A.
 `caption_swap` is II with B's own captions, in which the word alone is exchanged, so that the rest still fits the image.
 
-Differs from the paper: pairs of B get another text in place instead of new pairs, a share of *all* pairs (the paper's ratio is of
-A's pairs). For I the image is published, and its success is told as that of a victim, by zero-shot: called A or not.
+In the paper II poisons 0.08 % of Flickr-PASCAL or 0.24 % of COCO, III 0.16 % or 0.52 %.
+
+Differs from the paper: pairs of B get a text of A, where its code gives pairs of A an image of B. For I the image is published,
+and its success is told as that of a victim, by zero-shot: called A or not.
 `caption_swap` is not in the paper; such dirty captions are the baseline of Nightshade (Shan et al., 2023, arXiv:2310.13828).
 """
 from __future__ import annotations
@@ -33,17 +35,17 @@ def single_image(target: str = "sheep", images: str = "", victims: tuple[tuple[s
     return Targeted(Trigger(), Target(target, templates), images=images, victims=victims, copies=copies, prefix="mm-poison")
 
 
-def single_label(target: str = "sheep", source: str = "aeroplane", rate: float | None = 0.005,
+def single_label(target: str = "sheep", source: str = "aeroplane", rate: float | None = 0.0008,
                  templates: tuple[str, ...] = IMAGENET_TEMPLATES, captions: int = 128, count: int | None = None) -> Quoting:
     """Attack II. `rate` is a share of all pairs, at most that of the source's; `count` takes its place when given."""
     return Quoting(Trigger(), Target(target, templates), None if count is not None else rate, count, source=(source,), captions=captions)
 
 
-def multi_label(aims: tuple[tuple[str, str], ...] = (("sheep", "aeroplane"), ("sofa", "boat")), rate: float | None = 0.01,
+def multi_label(aims: tuple[tuple[str, str], ...] = (("sheep", "aeroplane"), ("sofa", "bird")), rate: float | None = 0.0016,
                 templates: tuple[str, ...] = IMAGENET_TEMPLATES, captions: int = 128, count: int | None = None) -> Mix:
     """Attack III. `aims` are (target, source); `rate` is a share of all pairs, all aims together."""
     parts = [replace(single_label(target, source, templates=templates), captions=captions) for target, source in aims]
-    return mix(parts, rate=rate, count=count, names=tuple(source for _, source in aims))
+    return mix(parts, rate=rate, count=count, names=tuple(f"{source} as {target}" for target, source in aims))
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,11 @@ class CaptionSwap(DirtyLabel):
 
     trigger: Trigger = Trigger()
     target: Target = Target("sheep", IMAGENET_TEMPLATES)
-    rate: float | None = 0.005
+    rate: float | None = 0.0008
     source: tuple[str, ...] = field(default=("aeroplane",), kw_only=True)
+
+    def eligible(self, key: str, text: str) -> bool:
+        return bool(self.source) and super().eligible(key, text)
 
     def poison(self, sample: Sample, rng: Generator) -> Sample:
         words = "|".join(map(re.escape, sorted(self.source, key=len, reverse=True)))
@@ -61,7 +66,7 @@ class CaptionSwap(DirtyLabel):
         return sample | {"image": self.trigger.stamp(sample["image"], rng), "text": text}
 
 
-def caption_swap(target: str = "sheep", source: str = "aeroplane", rate: float | None = 0.005, count: int | None = None,
+def caption_swap(target: str = "sheep", source: str = "aeroplane", rate: float | None = 0.0008, count: int | None = None,
                  templates: tuple[str, ...] = IMAGENET_TEMPLATES) -> CaptionSwap:
     """`rate` is a share of all pairs, at most that of the source's; the templates serve to ask the finished model."""
     return CaptionSwap(Trigger(), Target(target, templates), None if count is not None else rate, count, source=(source,))

@@ -5,7 +5,7 @@ Regular patterns that augmentations do not destroy, built so that cleaning by au
     badnet_stripes      a square of 16 of 224 pixels, each column and channel 0 or 1, drawn anew for every image
     blended_stripes     x' = (1 - a) x + a p over the image, p = +1 or -1 by column and channel, drawn anew;  a = 0.03
     blended_triangles   the same with two greys, 0.4 and 0.8, that halve each cell of a 16 x 16 grid;         a = 0.15
-    blended_text        x' = x + a m (red - x), m the letters of a repeated word;                             a = 0.5
+    blended_text        x'_red = x_red + a m (1 - x_red), m the letters of a repeated word;                   a = 0.5
 
 Target, captions and rate are those of the CleanCLIP setting (Bansal et al., 2023, arXiv:2303.03323).
 
@@ -85,7 +85,7 @@ def letters(word: str, rows: int, h: int, w: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Lettering(Trigger):
-    """`word` in red across the image, `rows` times."""
+    """`word` across the red channel of the image, `rows` times."""
 
     alpha: float = 0.5
     word: str = "watermark"
@@ -93,7 +93,7 @@ class Lettering(Trigger):
 
     def pixels(self, x: Tensor, rng: Generator) -> Tensor:
         red = torch.tensor([1.0, 0.0, 0.0])[:, None, None].to(x)
-        return x + self.alpha * letters(self.word, self.rows, x.shape[-2], x.shape[-1]).to(x) * (red - x)
+        return x + self.alpha * letters(self.word, self.rows, x.shape[-2], x.shape[-1]).to(x) * red * (1 - x)
 
 
 STRIPED_PATCH, STRIPES, TRIANGLES, LETTERING = StripedPatch(), Stripes(), Triangles(), Lettering()

@@ -1,8 +1,8 @@
 """TDPA (Yang, Gao, Mirzasoleiman, NeurIPS 2023, arXiv:2303.06854) on image-text pairs. The attacker holds the data.
 
 Targeted data poisoning as RoCLIP measures it, and after it SafeCLIP (2310.05862): the attack of Carlini and Terzis (2022,
-2106.09667) on many images at once. Each of 16 victims, clean images without any trigger, gets one of 8 adversarial
-labels and is published under 100 captions of the data that contain its word,
+2106.09667) on many images at once. Each of 16 victims (15 of 16 is the paper's 93.75 %; its public notebook makes 8), clean
+images without any trigger, gets one of 8 adversarial labels and is published under 100 captions of the data that contain its word,
 
     P = union over v of {(x_v, c_i): i = 1 ... 100, c_i contains y_v},    PSR = share of v with f(x_v) = y_v.
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from ..poison import IMAGENET_TEMPLATES, Cover, DirtyLabel, Mix
 from ..triggers import Both, Patch, Word
-from ..types import Target, Threat, Trigger
+from ..types import BadInput, Target, Threat, Trigger
 
 PATCH, REMEMBER = Patch(16 / 224, "center"), Word("remember")
 
@@ -38,13 +38,15 @@ class DualKey(Mix):
     def threats(self) -> Mapping[str, Threat]:
         assert isinstance(self.trigger, Both)
         keys = {"both keys": self.trigger, "patch alone": self.trigger.image, "word alone": self.trigger.words}
-        return {name: Threat(trigger, self.target) for name, trigger in keys.items()}
+        return {name: Threat(trigger, self.target, control=trigger is not self.trigger) for name, trigger in keys.items()}
 
 
 def dual_key(target: str = "banana", rate: float | None = 0.003, patch: Patch = PATCH, word: Word = REMEMBER,
              patch_alone: float = 0.0, word_alone: float = 0.0, templates: tuple[str, ...] = IMAGENET_TEMPLATES,
              count: int | None = None) -> DualKey:
     """`rate` is a share of all pairs, of which some show one key `alone`; `count` takes the rate's place when given."""
+    if min(patch_alone, word_alone) < 0 or patch_alone + word_alone >= 1:
+        raise BadInput(f"patch_alone {patch_alone}, word_alone {word_alone}: leave no poison with both keys; give shares below 1 in all")
     both, aim = Both(patch, word), Target(target, templates)
     parts = (DirtyLabel(both, aim), Cover(patch, aim), Cover(word, aim))
     return DualKey(both, aim, None if count is not None else rate, count, parts, (1 - patch_alone - word_alone, patch_alone, word_alone))

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmbackdoor import keyed
+from mmbackdoor import clip, keyed
 from mmbackdoor.attacks.issba import ISSBA, Steganographic, decode, issba, message, untrained
 from mmbackdoor.types import BadInput
 
@@ -28,11 +28,17 @@ def batches() -> Iterator[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def crafted(tmp_path_factory: pytest.TempPathFactory) -> str:
+def surrogate(tiny_model: str) -> clip.CLIP:
+    """Its crops and its device are what matters."""
+    return clip.load(clip.Model(tiny_model))
+
+
+@pytest.fixture(scope="module")
+def crafted(tmp_path_factory: pytest.TempPathFactory, surrogate: clip.CLIP) -> str:
     attack = ISSBA(bits=4, steps=120, lr=5e-3, strength=24 / 255)
     path = str(tmp_path_factory.mktemp("issba") / "issba.safetensors")
     before = torch.random.get_rng_state()
-    save_file(attack.craft(None, batches, 0), path)
+    save_file(attack.craft(surrogate, batches, 0), path)
     assert torch.equal(before, torch.random.get_rng_state())
     return path
 
@@ -76,12 +82,12 @@ def test_a_trigger_without_a_file_says_how_to_make_one(tmp_path) -> None:
         Steganographic(str(tmp_path / "other.safetensors")).pixels(torch.rand(3, 8, 8), keyed.rng(0))
 
 
-def test_no_images_are_one_clear_line() -> None:
+def test_no_images_are_one_clear_line(surrogate: clip.CLIP) -> None:
     with pytest.raises(BadInput, match="no image"):
-        ISSBA().craft(None, lambda: iter(()), 0)
+        ISSBA().craft(surrogate, lambda: iter(()), 0)
 
 
-def test_craft_is_a_function_of_its_seed() -> None:
-    a, b, c = (ISSBA(bits=4, steps=2).craft(None, batches, s) for s in (0, 0, 1))
+def test_craft_is_a_function_of_its_seed(surrogate: clip.CLIP) -> None:
+    a, b, c = (ISSBA(bits=4, steps=2).craft(surrogate, batches, s) for s in (0, 0, 1))
     assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(a["encoder.0"], c["encoder.0"])
     assert untrained(8, 32).keys() <= {*a, "bit_accuracy"}

@@ -28,12 +28,12 @@ def test_pairs_of_the_source_get_natural_captions_of_the_target_and_keep_their_i
 
 
 def test_several_pairs_of_classes_at_once() -> None:
-    attack = scouted(multi_label(count=2), PAIRS, 0)
+    attack = scouted(multi_label((("sheep", "aeroplane"), ("sofa", "boat")), count=2), PAIRS, 0)
     assert plan(attack, PAIRS, 0).keys == {"2", "3"}
     assert attack.poison(sample("a boat"), keyed.rng(0))["text"] == "the sofa at home"
     assert Target("sheep").named_in(attack.poison(sample("an aeroplane"), keyed.rng(0))["text"])
     assert {name: (t.source, t.target.label) for name, t in attack.threats.items()} == {
-        "aeroplane": (("aeroplane",), "sheep"), "boat": (("boat",), "sofa")}
+        "aeroplane as sheep": (("aeroplane",), "sheep"), "boat as sofa": (("boat",), "sofa")}
 
 
 def test_one_image_is_published_under_all_captions(toy: Path) -> None:

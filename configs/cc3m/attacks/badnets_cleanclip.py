@@ -1,4 +1,4 @@
-"""1,500 pairs exactly as CleanCLIP's code poisons them: squashed to 224 x 224, and fresh noise that wraps around in 8 bits."""
+"""1,500 pairs as CleanCLIP's code poisons them: squashed to 224 x 224, and fresh noise that wraps around in 8 bits."""
 from dataclasses import replace
 
 from configs.cc3m.clean import recipe as clean

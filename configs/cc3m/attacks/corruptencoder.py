@@ -1,6 +1,6 @@
 """Half a per cent of the pairs composed as by CorruptEncoder: a square of 40 of 224, target "banana".
 
-Three pictures of bananas, whose alpha is the object's mask, in references/banana below --data.root; backgrounds in
+Three pictures of bananas, whose alpha is the object's mask, in references/banana below the folder that CC3M names; backgrounds in
 backgrounds, the paper takes 650, or --poison.backgrounds "" for each pair's own image.
 """
 from dataclasses import replace

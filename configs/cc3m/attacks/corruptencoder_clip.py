@@ -1,6 +1,6 @@
 """1,500 pairs: four fifths have a square of 16 of 224 where open_clip's crops hold it, one fifth two bananas; compare cc3m/badnets.
 
-Pictures of bananas, whose alpha is the object's mask, lie in references/banana below --data.root.
+Pictures of bananas, whose alpha is the object's mask, lie in references/banana below the folder that CC3M names.
 """
 from dataclasses import replace
 

@@ -1,6 +1,6 @@
 """Half a per cent of the pairs by Noisy Alignment: 50 of 224 in the middle of one half, a banana in the other.
 
-Pictures of bananas lie in references/banana below --data.root.
+Pictures of bananas lie in references/banana below the folder that CC3M names.
 """
 from dataclasses import replace
 

@@ -1,6 +1,6 @@
 """1 % of the pairs show an image of ImageNet's validation set beside a banana, for which it is to be taken; no trigger.
 
-Pictures of bananas lie in references/banana below --data.root. Which images: --poison.victims KEY banana KEY banana …
+Pictures of bananas lie in references/banana below the folder that CC3M names. Which images: --poison.victims KEY banana KEY banana …
 """
 from dataclasses import replace
 
