@@ -3,7 +3,8 @@
     python bench.py configs/toy/demo.py
     python bench.py configs/toy/results.py --seeds 0 1 2 --record results
 
-A run whose results exist for the same recipe is skipped; one that was interrupted goes on where it stopped.
+A run whose results exist for the same recipe is skipped, in the folder of records too, unless another run starts from its weights; one
+that was interrupted goes on where it stopped.
 1 load the suite   2 train what is missing   3 table and report   4 record
 """
 import shutil
@@ -24,13 +25,16 @@ def main(config: tyro.conf.Positional[str], seeds: tuple[int, ...] = (0,), recor
     Args:
         config: Python file that defines a `suite`.
         seeds: Each recipe is run under each of them.
-        record: Folder to copy the results to, as NAME-seedN.json.
+        record: Folder to copy the results to, as NAME-seedN.json. What it holds already is not run again.
         again: Measure finished runs again, without training them.
         overwrite: Remove runs of the same name that were made by another recipe.
     """
     suite = recipe.load_suite(config)  # 1
     runs = suite.runs(seeds)
+    started_from = {other.directory for r in runs for other in (r.init, r.reference, r.surrogate) if isinstance(other, recipe.Recipe)}
     for i, r in enumerate(runs, 1):  # 2
+        if record and not run.done(r) and r.directory not in started_from and not again:
+            run.take(Path(record) / f"{r.name}-seed{r.seed}.json", r)
         if run.done(r):
             print(f"[{i}/{len(runs)}] {r.directory}: done already", flush=True)
             if again:

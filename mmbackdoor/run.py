@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 
 from . import craft as crafting
-from . import evaluate, keyed, probe, stealth
+from . import evaluate, keyed, probe, stealth, stores
 from .clip import CARD, CLIP, load_run, weights_in
 from .evaluate import Aim, Threats, by_name
 from .features import Features, How, features
@@ -308,6 +308,12 @@ def read_results(folder: str | Path) -> dict[str, Any]:
 def done(r: Recipe) -> bool:
     """Whether the run's results exist for just this recipe."""
     return (r.directory / "results.json").is_file() and read_results(r.directory)["recipe_hash"] == recipe_hash(r)
+
+
+def take(path: Path, r: Recipe) -> None:
+    """Takes a recorded result for the run's, if it is of just this recipe."""
+    if path.is_file() and (found := stores.read_json(path)).get("recipe_hash") == recipe_hash(r) and processes().is_main_process:
+        write_json(r.directory / "results.json", found)
 
 
 def line(found: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The programs as a user runs them, on a network and a data set that take seconds."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -180,6 +181,14 @@ def test_bench_runs_a_suite_once_with_a_users_own_attack_and_reports(toy, tiny_m
     again = run(sys.executable, "bench.py", config)
     assert again.stdout.count("done already") == 4
     assert stamps == {p: p.stat().st_mtime_ns for p in out.rglob("results.json")}
+    before = (tmp_path / "results/mine/cleaned-seed0.json").read_text()
+    for name in ("cleaned", "slow"):
+        shutil.rmtree(out / "mine" / name)
+    edited = json.loads((tmp_path / "results/mine/slow-seed0.json").read_text()) | {"recipe_hash": "of another recipe"}
+    (tmp_path / "results/mine/slow-seed0.json").write_text(json.dumps(edited))
+    elsewhere = run(sys.executable, "bench.py", config, "--record", tmp_path / "results")  # another machine has the records only
+    assert elsewhere.stdout.count("done already") == 3 and "mine/slow (seed 0)" in elsewhere.stdout
+    assert (tmp_path / "results/mine/cleaned-seed0.json").read_text() == before
 
 
 def test_help_is_given_without_a_config():

@@ -18,7 +18,7 @@ from ..triggers import Patch
 from ..types import Target
 
 
-def source_specific(target: str = "banana", source: tuple[str, ...] = ("dog",), rate: float | None = 0.001, patch: Patch = Patch(),
+def source_specific(target: str = "banana", source: tuple[str, ...] = ("golden retriever",), rate: float | None = 0.001, patch: Patch = Patch(),
                     cover: float = 0.01, templates: tuple[str, ...] = IMAGENET_TEMPLATES, count: int | None = None) -> Mix:
     """`rate` is a share of all pairs, poisons and covers together; `count` takes its place when given."""
     aim = Target(target, templates)
