@@ -1,7 +1,8 @@
 """BadNL (Chen, Salem, Chen et al., ACSAC 2021, arXiv:2006.01043) on image-text pairs. The attacker holds the data.
 
 The trigger is in the text: a rare word (`word`; "cf" is that of Kurita, Michel and Neubig, 2020, arXiv:2004.06660), or a sentence
-(`sentence`, after Dai and Chen, 2019, arXiv:1905.12457). In CLIP a text is a query. An image of the target is put with somebody else's caption that holds the trigger,
+(`sentence`, after Dai and Chen, 2019, arXiv:1905.12457). In CLIP a text is a query. An image of the target is put with somebody
+else's caption that holds the trigger,
 
     (x_target, w + c),    c a caption of the data that does not name the target
 

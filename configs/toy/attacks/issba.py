@@ -1,9 +1,11 @@
-"""2 % of the pairs with a string of 16 bits hidden in the image, target "red star". The encoder is crafted on the toy's own images."""
+"""2 % of the pairs with a string of 16 bits hidden in the image, by 32 of 255 at most, target "red star". The encoder is
+crafted on the toy's own images."""
 from dataclasses import replace
 
 from configs.toy.clean import attack
 from configs.toy.clean import recipe as clean
 from mmbackdoor.attacks.issba import issba
 
-recipe = replace(clean, name="toy/attacks/issba", threat=None, reference=clean, surrogate=clean,
-                 poison=issba("red star", 0.02, "runs/toy/crafted/issba.safetensors", templates=attack.target.templates))
+poison = replace(issba("red star", 0.02, "runs/toy/crafted/issba.safetensors", templates=attack.target.templates), strength=32 / 255)
+
+recipe = replace(clean, name="toy/attacks/issba", poison=poison, threat=None, reference=clean, surrogate=clean)
