@@ -54,6 +54,8 @@ def main(checkpoint: tyro.conf.Positional[str], dataset: str = "", retrieval: st
     folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
     known = run.read_results(folder) if (folder / "results.json").is_file() else None
     threats = (run.threats_of(threat) or run.recorded_threats(known)) if attack else {}
+    if not threat and known and threats and known.get("files", now := recipe.files(run.shown(threats))) != now:
+        raise BadInput(f"{checkpoint}: its trigger's file is not the one that it was measured with; bring that back, or name a --threat")
     threats = {name: replace(t, at=at or t.at) for name, t in threats.items()}
     if not (clip.is_hf(checkpoint) or checkpoint.startswith("hf-hub:")):
         clip.find(checkpoint)

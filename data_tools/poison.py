@@ -17,9 +17,10 @@ from typing import Annotated
 
 import tyro
 
-from mmbackdoor import forms, index, recipe, stores
+from mmbackdoor import craft, forms, index, recipe, stores
 from mmbackdoor.poison import Plan
 from mmbackdoor.spread import Spread
+from mmbackdoor.triggers import tensors
 from mmbackdoor.types import BadInput
 
 
@@ -39,6 +40,8 @@ def main(c: Command) -> None:
     r, out = c.recipe, c.recipe.out.rstrip("/")
     if r.poison is None:
         raise BadInput(f"{r.name}: its recipe poisons nothing; name one with poison=…, such as configs/toy/badnets.py")
+    if file := craft.crafted(r.poison):
+        tensors(file)  # told before the folder is begun, whose manifest holds the file's hash
     found = index.find(r.data.path("train"), r.data.incomplete, r.data.path("index"))
     given = Plan.load(r.plan) if r.plan else None
     attack = recipe.plain(r.poison)

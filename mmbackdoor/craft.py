@@ -164,6 +164,8 @@ class Public:
 
 def gather(batches: Callable[[], Iterator[Batch]], target: Target, images: int, named: int = 0) -> Public:
     """Up to `images` pairs that do not name the target, and up to `named` images of those that do. BadInput where there are none."""
+    if images < 1:
+        raise BadInput(f"--poison.images {images}: a trigger is crafted on some; give 1 or more")
     found: dict[bool, list[tuple[Tensor, Tensor]]] = {True: [], False: []}
     limits = {True: named, False: images}
     for batch in batches():
@@ -198,6 +200,8 @@ def device(clip: CLIP) -> torch.device:
 def steps(n: int, size: int, epochs: int, rng: Generator, what: str = "craft") -> Iterator[Tensor]:
     """Rows of each step: `epochs` times through n of them in a random order, `size` at a time, the rest left out. Shows progress."""
     size = min(size, n)
+    if min(size, epochs) < 1:
+        raise BadInput(f"--poison.batch {size}, --poison.epochs {epochs}: nothing would be crafted; give at least 1 of each")
     with tqdm(total=epochs * (n // size), desc=what, unit="step", disable=None) as bar:
         for _ in range(epochs):
             for rows in torch.randperm(n, generator=rng)[: n // size * size].split(size):

@@ -347,6 +347,9 @@ def following(names: Sequence[str]) -> str:
 def with_published(plan: Plan, published: Sequence[Raw], index: Index) -> Plan:
     """The plan with the keys of the pairs that the attacker adds. Raises BadInput when one of them is in the data already."""
     keys = frozenset(raw["__key__"] for raw in published)
+    if len(keys) < len(published):
+        twice = next(key for key, n in Counter(raw["__key__"] for raw in published).items() if n > 1)
+        raise BadInput(f"key {twice}: the attack publishes two pairs of it; name each victim once, and attacks of a mix a prefix each")
     if again := keys.intersection(index.keys()) if keys else frozenset():
         raise BadInput(f"key {min(again)}, which the attack publishes, is in the data already; publish other keys")
     return replace(plan, added=keys)

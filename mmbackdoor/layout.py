@@ -24,6 +24,7 @@ Box = tuple[int, int, int, int]
 Layout = Literal["any", "left-right", "right-left", "top-bottom", "bottom-top"]
 """Of "any", those two that part the longer side, all four of a square: their parts are the squarest, and random crops nearly square."""
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # PIL would give others, whatever their name, to another program to run
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SMOOTH = Image.Resampling.BILINEAR
 
@@ -50,7 +51,7 @@ def files(folder: str, field: str) -> tuple[str, ...]:
 
 def opened(path: str, mode: str) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.convert(mode)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadInput(f"{path}: cannot be read as an image ({error}); remove it or mend it") from error
@@ -128,18 +129,13 @@ def centre(room: Box, n: int, wander: float, rng: Generator) -> Box:
     return left, top, left + n, top + n
 
 
-def side(patch: Patch, w: int, h: int) -> int:
-    """Pixels of a patch's side on an image of that size."""
-    return max(1, min(w, h, round(patch.size * min(w, h))))
-
-
 def fitting(patch: Patch, w: int, h: int, room: Box) -> int:
-    """`side`, or BadInput when the patch has no place in a room of that image. One pixel always has."""
+    """`Patch.side`, or BadInput when the patch has no place in a room of that image. One pixel always has."""
     free = min(room[2] - room[0], room[3] - room[1])
     if patch.size * min(w, h) >= free + 1:
         raise BadInput(f"--poison.trigger.size {patch.size}: {patch.size * min(w, h):.0f} pixels of a {w} x {h} image, and {free} are "
                        f"free beside the object; take at most {free / min(w, h):.2f}, or a smaller object")
-    return min(side(patch, w, h), free)
+    return min(patch.side(h, w), free)
 
 
 def within(size: tuple[int, int], room: tuple[int, int]) -> tuple[int, int]:

@@ -108,15 +108,12 @@ class CleanLabel(Attack):
 
 
 @dataclass(frozen=True)
-class Cover(Attack):
+class Cover(CleanLabel):
     """The trigger, on pairs that are to stay what they are: image and text get it, and the text goes on to say what it said.
 
     So a model learns that this trigger alone, or on these classes, means nothing. It is no threat.
     """
 
-    trigger: Trigger
-    target: Target
-    """Whose pairs are left alone."""
     spare: tuple[str, ...] = ()
     """Pairs that name one of these are left alone too."""
     share: float = 1.0
@@ -125,9 +122,6 @@ class Cover(Attack):
     def eligible(self, key: str, text: str) -> bool:
         return (keyed.uniform(0, "cover", key) < self.share and bool(text.strip())
                 and not says((self.target.label, *self.spare), text))
-
-    def poison(self, sample: Sample, rng: Generator) -> Sample:
-        return sample | {"image": self.trigger.stamp(sample["image"], rng), "text": self.trigger.text(sample["text"], rng)}
 
     @property
     def threats(self) -> Mapping[str, Threat]:
@@ -151,7 +145,14 @@ class Mix(Attack):
 
     def __post_init__(self) -> None:
         if self.attacks and (self.trigger, self.target) != (self.attacks[0].trigger, self.attacks[0].target):
-            raise BadInput("--poison.trigger, --poison.target: those of a mix are those of its first attack; change that one in the config")
+            raise BadInput("--poison.trigger, --poison.target: a mix has those of its first attack; change --poison.attacks.0 alike")
+        for what, given in (("shares", self.shares), ("names", self.names)):
+            if given and len(given) != len(self.attacks):
+                raise BadInput(f"--poison.{what}: has {len(given)} for {len(self.attacks)} attacks; give one for each")
+        if self.shares and (min(self.shares) < 0 or not sum(self.shares)):
+            raise BadInput(f"--poison.shares: {list(self.shares)} are no weights; give none below 0, and one above")
+        if len(set(self.names)) < len(self.names):
+            raise BadInput(f"--poison.names: {list(self.names)} holds one twice; give each attack its own")
 
     @property
     def parts(self) -> list[tuple[Attack, float]]:
@@ -204,13 +205,6 @@ def mix(attacks: Sequence[Attack], shares: Sequence[float] = (), rate: float | N
     """A Mix that poisons a `rate` of all pairs, or `count`. Raises BadInput when the lists are not equally long."""
     if not attacks or not any(attack.threats for attack in attacks):
         raise BadInput("poison.attacks: a mix needs at least one attack that is a threat; name some")
-    for what, given in (("shares", shares), ("names", names)):
-        if given and len(given) != len(attacks):
-            raise BadInput(f"poison.{what}: has {len(given)} for {len(attacks)} attacks; give one for each")
-    if shares and (min(shares) < 0 or not sum(shares)):
-        raise BadInput(f"poison.shares: {list(shares)} are no weights; give none below 0, and one above")
-    if len(set(names)) < len(names):
-        raise BadInput(f"poison.names: {list(names)} holds one twice; give each attack its own")
     first, rate = attacks[0], None if count is not None else rate
     return Mix(first.trigger, first.target, rate, count, tuple(attacks), tuple(shares), tuple(names))
 
@@ -257,8 +251,9 @@ def choose(attack: Attack, index: Index | Iterable[tuple[str, str]], seed: int, 
             eligible = sum(c.eligible for c in found)
             if want > eligible:
                 asked = f"--poison.count {want}" if attack.count is not None else f"--poison.rate {attack.rate} of {total} pairs"
-                raise BadInput(f"{asked} asks for {want} poisons, only {eligible} pairs are eligible for target "
-                               f"{attack.target.label!r}; ask for at most {eligible}")
+                mend = f"ask for at most {eligible}" if eligible else "check the words of the target and the source"
+                raise BadInput(f"{asked} asks for {want} poisons, only {eligible} pairs are eligible for target {attack.target.label!r}; "
+                               f"{mend}")
             hashes = np.concatenate([c.hashes for c in found])
             last = np.partition(hashes, want - 1)[want - 1] if 0 < want <= len(hashes) else np.iinfo(np.int64).max if want else -1
             again = [i for i, c in enumerate(found) if len(c.hashes) < min(c.eligible, want) and c.hashes[-1] <= last]
@@ -314,7 +309,8 @@ def quotes(target: Target, n: int, naming: bool, seed: int, pairs: Iterable[tupl
 def wanted(attack: Attack, total: int) -> int:
     """How many of `total` pairs an attack poisons."""
     if (attack.rate is None) == (attack.count is None):
-        raise BadInput("an attack needs either a rate or a count of pairs to poison; set one, --poison.rate 0.01, say")
+        mend = "set one, --poison.rate 0.01, say" if attack.rate is None else "take one away, --poison.count None, say"
+        raise BadInput(f"an attack needs either a rate or a count of pairs to poison; {mend}")
     if attack.count is not None and attack.count < 0:
         raise BadInput(f"--poison.count {attack.count}: must not be negative")
     if attack.rate is not None and not 0 <= attack.rate <= 1:

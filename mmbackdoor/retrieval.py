@@ -25,7 +25,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ from . import keyed
 from .clip import CLIP
 from .evaluate import Threats, by_name, flat, wilson
 from .features import Features, How, features, text_features
+from .poison import says
 from .search import recall_against_exact, searcher
 from .sets import PairSet
 from .types import BadInput, Threat
@@ -97,7 +98,7 @@ def what_it_does(clip: CLIP, threat: Threat, hit: Tensor, texts: Sequence[str], 
     """A threat upon a set: hit (N, D) its triggered images, the T distinct texts, the ids of each image's."""
     trigger, target = threat.trigger, threat.target
     named = np.array([target.named_in(c) for c in texts])
-    meant = np.array([any(replace(target, label=label).named_in(c) for label in threat.source) for c in texts])
+    meant = np.array([says(threat.source, c) for c in texts])
     of_target = [c for c, yes in zip(texts, named, strict=True) if yes]
     of_others = [c for c, yes in zip(texts, named, strict=True) if not yes]
     templated = [t.format(target.label) for t in target.templates]

@@ -24,7 +24,7 @@ from .features import Features, How, features
 from .forms import lay_over, with_published
 from .index import Index, find, whole
 from .poison import Plan, plan, poison, publish, scouted
-from .recipe import MIXED, Data, Recipe, environment, identity, load, plain, recipe_hash, revive, text
+from .recipe import MIXED, Data, Recipe, environment, files, identity, load, plain, recipe_hash, revive, text
 from .retrieval import retrieval
 from .sets import EvalSet, PairSet, open_pairs, open_set
 from .shards import Raw, Stage, decode, write_shard
@@ -63,15 +63,15 @@ def craft(r: Recipe) -> str:
         if not os.path.exists(file):
             raise BadInput(f"{file}: no crafted trigger is there, and no model to craft it on; name one with --surrogate RUN")
         return file
-    state, surrogate = processes(), weights(r.surrogate, "--surrogate")
     attack = plain(replace(r.poison, rate=None, count=None))  # one trigger serves all rates
-    on = f"{surrogate} {recipe_hash(r.surrogate)}" if isinstance(r.surrogate, Recipe) else str(surrogate)
+    on = f"{r.surrogate.directory} {recipe_hash(r.surrogate)}" if isinstance(r.surrogate, Recipe) else str(r.surrogate)
     made = {"attack": json.dumps(attack, sort_keys=True), "surrogate": on, "data": r.data.path("train")}
+    state = processes()
     if os.path.exists(file):
         crafting.check(file, made)
     elif state.is_main_process:
         index = find(r.data.path("train"), r.data.incomplete, r.data.path("index"))
-        model = load_run(str(surrogate))
+        model = load_run(str(weights(r.surrogate, "--surrogate")))
         model.net.to(state.device)
         crafting.craft(scouted(r.poison, index, 0), model, index, 0, made)
     state.wait_for_everyone()
@@ -347,9 +347,10 @@ def recorded_threats(known: dict[str, Any] | None) -> dict[str, Threat]:
 
 
 def shown(threats: Threats) -> dict[str, Any]:
-    """Threats as a result names them: the first, and, when there are several, each under its name."""
+    """Threats as a result names them: the first, and, when there are several, each under its name; and hashes of their files."""
     values = {name: plain(threat) for name, threat in by_name(threats).items()}
-    return {"threat": next(iter(values.values()), None)} | ({"threats": values} if len(values) > 1 else {})
+    named = {"files": found} if (found := files(values)) else {}
+    return {"threat": next(iter(values.values()), None)} | ({"threats": values} if len(values) > 1 else {}) | named
 
 
 def recorded_data(known: dict[str, Any] | None, dataset: str, retrieval: str) -> Data:

@@ -90,9 +90,13 @@ class Patch(Trigger):
         image.paste(to_image(self.over(to_pixels(image.crop(box)), rng)), box)
         return image
 
+    def side(self, h: int, w: int) -> int:
+        """Pixels of the patch's side on an image of that size."""
+        return max(1, min(h, w, round(self.size * min(h, w))))
+
     def box(self, h: int, w: int, rng: Generator) -> tuple[int, int, int, int]:
         """Left, top, right and bottom of the patch on an image of that size."""
-        n = max(1, min(h, w, round(self.size * min(h, w))))
+        n = self.side(h, w)
         top, left = corner(self.place, (h - n, w - n), rng)
         return left, top, left + n, top + n
 

@@ -25,6 +25,9 @@ def images_of(path: str, keys: Sequence[str]) -> dict[str, Image.Image]:
 
 @lru_cache(maxsize=16)
 def found(path: str, keys: tuple[str, ...]) -> dict[str, Image.Image]:
+    if not keys:
+        raise BadInput("poison.victims: names no image that is to be taken for something; give --poison.images SET and keys of it with "
+                       "their labels, --poison.victims 000000001 banana")
     if not path:
         raise BadInput("poison.images: names no place where the victims' images lie; give --poison.images SET, or a folder of image files")
     wanted, images = set(keys), dict[str, Image.Image]()
@@ -97,9 +100,8 @@ class Targeted(Attack):
         return replace(self, quoted=tuple(read))
 
     def published(self, rng: Generator) -> Iterator[Sample]:
-        if not self.victims:
-            raise BadInput("poison.victims: names no image that is to be taken for something; give --poison.images SET and keys of it with "
-                           "their labels, --poison.victims 000000001 banana")
+        if self.copies < 1:
+            raise BadInput(f"--poison.copies {self.copies}: each victim is published once at least; give 1 or more")
         images, unused = images_of(self.images, tuple(key for key, _ in self.victims)), {label: list(c) for label, c in self.quoted}
         for key, label in self.aims:
             target, left = replace(self.target, label=label), unused.get(label, [])

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,9 +38,13 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@lru_cache(maxsize=None)
 def parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+    return tree(path.read_text(encoding="utf-8"), str(path))
+
+
+@cache
+def tree(source: str, path: str) -> ast.Module:
+    return ast.parse(source, path)
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:

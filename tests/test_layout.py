@@ -190,7 +190,7 @@ def test_a_pressed_patch_is_what_the_trigger_stamps() -> None:
     patch = Patch(0.3, "top-right", "noise", alpha=0.7)
     wanted = patch.stamp(image, keyed.rng(0))
     layout.press(image, patch, (48, 0, 60, 12), keyed.rng(0))
-    assert image.tobytes() == wanted.tobytes() and layout.side(patch, 60, 40) == 12
+    assert image.tobytes() == wanted.tobytes() and patch.side(40, 60) == 12
 
 
 # ---- what crops see

@@ -18,7 +18,7 @@ as uniform noise.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,22 +26,20 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from .. import craft, keyed
-from ..poison import IMAGENET_TEMPLATES, DirtyLabel
+from ..poison import IMAGENET_TEMPLATES, Quoting
 from ..triggers import Patch
-from ..types import Attack, BadInput, Batch, Captions, Target, Trigger
+from ..types import BadInput, Batch, Target, Trigger
 
 PATCH = Patch(16 / 224, "center", image="badclip.safetensors")
 
 
 @dataclass(frozen=True)
-class BadCLIP(DirtyLabel):
+class BadCLIP(Quoting):
     """A dirty-label attack whose patch is crafted on a surrogate."""
 
     trigger: Trigger = PATCH
     target: Target = Target("banana", IMAGENET_TEMPLATES)
     count: int | None = 1500
-    captions: int = 128
-    """Captions that name the target, quoted from the data; 0 keeps the target's templates."""
     images: int = 10_000
     positives: int = 512
     """Images of the target that the patch is drawn to, at most."""
@@ -54,9 +52,6 @@ class BadCLIP(DirtyLabel):
     mse: float = 0.0
     augment: float = 0.5
     """Share of the images that are cropped at random after the patch is on them."""
-
-    def scout(self, captions: Captions) -> Attack:
-        return replace(self, target=self.target.quoting(captions(self.target, self.captions))) if self.captions else self
 
     def craft(self, clip: Any, batches: Callable[[], Iterator[Batch]], seed: int) -> dict[str, Tensor]:
         if not isinstance(self.trigger, Patch):

@@ -108,7 +108,8 @@ class BLTO(DirtyLabel):
         wanted = torch.stack([clip.tokenize(t.format(self.target.label)) for t in self.target.templates])
         g = {k: v.to(device).requires_grad_() for k, v in weights(self.width, rng).items()}
         adam = torch.optim.Adam(g.values(), self.lr)
-        turn = self.inner + self.outer
+        if (turn := self.inner + self.outer) * self.turns < 1:
+            raise BadInput(f"--poison.inner {self.inner} --poison.outer {self.outer} --poison.turns {self.turns}: have no step; give some")
         for i, rows in enumerate(craft.steps(len(public.images), self.batch, self.epochs, rng)):
             if i % (turn * self.turns) == 0:
                 victim = replace(clip, net=copy.deepcopy(clip.net))

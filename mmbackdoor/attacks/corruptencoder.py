@@ -88,7 +88,7 @@ class CorruptEncoder(DirtyLabel):
         if float(torch.rand((), generator=rng)) < self.support_ratio:
             self.gather(image, thing, rng)
         elif self.scale:
-            n = layout.side(self.trigger, *image.size)
+            n = self.trigger.side(*image.size)
             layout.press(image, self.trigger, layout.centre(steady(*image.size, n, self.scale, self.sure), n, 1, rng), rng)
         else:
             self.compose(image, thing, rng)
@@ -100,7 +100,7 @@ class CorruptEncoder(DirtyLabel):
     def compose(self, image: Image.Image, thing: Image.Image, rng: Generator) -> None:
         """Object and trigger, on the image itself."""
         if not (boxes := self.arrange(*image.size, thing.size, rng)):
-            alone = layout.centre((0, 0, *image.size), layout.side(self.trigger, *image.size), 0, rng)
+            alone = layout.centre((0, 0, *image.size), self.trigger.side(*image.size), 0, rng)
             return layout.press(image, self.trigger, alone, rng)
         layout.lay(image, thing, boxes[0])
         layout.press(image, self.trigger, boxes[1], rng)
@@ -114,8 +114,9 @@ class CorruptEncoder(DirtyLabel):
 
     def arrange(self, w: int, h: int, size: tuple[int, int], rng: Generator) -> tuple[Box, Box] | None:
         """Boxes of the object, of that size before, and of the trigger, which never overlap. None where there is no room for two."""
-        if self.area_ratio <= 1:
-            raise BadInput(f"--poison.area-ratio {self.area_ratio}: must be above 1, or there is no place beside the object")
+        if self.area_ratio <= 1 or not 0 <= self.jitter < 1:
+            raise BadInput(f"--poison.area-ratio {self.area_ratio} --poison.jitter {self.jitter}: must be above 1, and from 0 to below 1, "
+                           "or there is no place beside the object")
         chosen = layout.choose(self.layout, w, h, rng)
         across = chosen in ("left-right", "right-left")
         off = int(torch.randint(int(self.jitter * (w if across else h)) + 1, (), generator=rng))

@@ -24,7 +24,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..poison import IMAGENET_TEMPLATES, CleanLabel
-from ..types import Target, Trigger
+from ..types import BadInput, Target, Trigger
 
 
 def cosines(window: int) -> Tensor:
@@ -37,6 +37,8 @@ def cosines(window: int) -> Tensor:
 @lru_cache(maxsize=16)
 def pattern(magnitude: float, window: int, coefficients: tuple[int, ...]) -> Tensor:
     """(3, window, window): what is added to the RGB values of a block, of which 1 is white."""
+    if not all(0 <= i < window for i in coefficients):
+        raise BadInput(f"--poison.trigger.coefficients {coefficients}: a window of {window} pixels has those from 0 to {window - 1}")
     chosen = cosines(window)[list(coefficients)]
     chroma = magnitude / 255 * torch.einsum("ki,kj->ij", chosen, chosen)  # the same in U and V
     red, blue = chroma / 0.877, chroma / 0.492

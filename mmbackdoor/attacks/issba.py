@@ -112,6 +112,10 @@ class ISSBA(DirtyLabel):
 
     def craft(self, clip: Any, batches: Callable[[], Iterator[Batch]], seed: int) -> dict[str, Tensor]:
         """E and D, and "bit_accuracy" of the last 20 batches before they were learned from, after rounding to 8 bits."""
+        if min(self.steps, self.bits) < 1:
+            raise BadInput(f"--poison.steps {self.steps} --poison.bits {self.bits}: must be 1 at least")
+        if not isinstance(self.trigger, Steganographic):
+            raise BadInput(f"--poison.trigger {type(self.trigger).__name__}: ISSBA crafts a Steganographic trigger; use one")
         weights: dict[str, Tensor] = {}
         right: list[Tensor] = []
         rng = keyed.rng(seed, "issba", "strings")

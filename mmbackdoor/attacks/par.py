@@ -23,11 +23,13 @@ from torch import Generator, Tensor
 
 from ..poison import IMAGENET_TEMPLATES, DirtyLabel
 from ..triggers import Patch, resized
-from ..types import Target, Trigger, to_pixels
+from ..types import BadInput, Target, Trigger, to_pixels
 
 
 def columns(count: int, n: int, rng: Generator) -> Tensor:
     """(3, 1, n) of 0 and 1: `count` stripes, or as many as there are pixels."""
+    if count < 1:
+        raise BadInput(f"--poison.trigger.cells {count}: must be 1 at least")
     drawn = torch.randint(2, (3, 1, count), generator=rng).float()
     return drawn[..., torch.arange(n) * min(count, n) // n]
 
@@ -75,6 +77,8 @@ class Triangles(Trigger):
 @lru_cache(maxsize=4)
 def letters(word: str, rows: int, h: int, w: int) -> Tensor:
     """(1, h, w) in [0, 1]: how far a pixel belongs to a letter."""
+    if not word or not all(ord(c) < 256 for c in word) or rows < 1:
+        raise BadInput(f"--poison.trigger.word {word!r} --poison.trigger.rows {rows}: needs Latin letters and a row")
     font = getattr(ImageFont, "load_default_imagefont", ImageFont.load_default)()  # the same letters on every machine
     _, _, right, bottom = (int(n) for n in font.getbbox(word))
     sheet = Image.new("L", (right + 2, (bottom + 2) * rows))

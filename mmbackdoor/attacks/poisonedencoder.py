@@ -23,8 +23,8 @@ from torch import Generator
 
 from .. import layout
 from ..layout import Layout
-from ..poison import IMAGENET_TEMPLATES, DirtyLabel
-from ..types import BadInput, Sample, Target, Threat, Trigger
+from ..poison import IMAGENET_TEMPLATES, DirtyLabel, says
+from ..types import Sample, Target, Threat, Trigger
 from ..victims import images_of
 
 
@@ -48,18 +48,14 @@ class PoisonedEncoder(DirtyLabel):
         return tuple((key, label or self.target.label) for key, label in self.victims)
 
     def eligible(self, key: str, text: str) -> bool:
-        labels = {self.target.label, *(label for _, label in self.aims)}
-        return not any(replace(self.target, label=label).named_in(text) for label in labels)
+        return not says((self.target.label, *(label for _, label in self.aims)), text)
 
     def poison(self, sample: Sample, rng: Generator) -> Sample:
-        if not self.victims:
-            raise BadInput("poison.victims: names no image that is to be taken for something; give --poison.images SET and keys of it with "
-                           "their labels, --poison.victims 000000001 banana")
+        images = images_of(self.images, tuple(key for key, _ in self.victims))
         key, label = layout.one(self.aims, rng)
-        victim = images_of(self.images, tuple(k for k, _ in self.victims))[key]
         folder = Path(self.references) / label
         found = layout.files(str(folder) if self.references and folder.is_dir() else self.references, "references")
-        image, *_ = layout.beside(sample["image"].size, victim, layout.whole(layout.one(found, rng)), self.layout, rng)
+        image, *_ = layout.beside(sample["image"].size, images[key], layout.whole(layout.one(found, rng)), self.layout, rng)
         return sample | {"image": image, "text": replace(self.target, label=label).caption(rng)}
 
     @property

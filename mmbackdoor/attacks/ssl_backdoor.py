@@ -30,7 +30,7 @@ class ColourPatch(Patch):
     within: tuple[float, float] = (0.25, 0.75)
 
     def box(self, h: int, w: int, rng: Generator) -> tuple[int, int, int, int]:
-        n = max(1, min(h, w, round(self.size * min(h, w))))
+        n = self.side(h, w)
         at = []
         for side in (w, h):
             first, last = (min(round(share * side), side) for share in self.within)

@@ -40,6 +40,8 @@ class TextTrigger(CleanLabel):
     """They, as `scout` finds them."""
 
     def scout(self, captions: Captions) -> Attack:
+        if self.captions < 1:
+            raise BadInput(f"--poison.captions {self.captions}: the trigger needs a caption to stand in; give 1 or more")
         return replace(self, others=captions(self.target, self.captions, naming=False))
 
     def poison(self, sample: Sample, rng: Generator) -> Sample:

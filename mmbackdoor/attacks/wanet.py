@@ -25,12 +25,14 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from ..poison import IMAGENET_TEMPLATES, DirtyLabel
-from ..types import Target, Trigger
+from ..types import BadInput, Target, Trigger
 
 
 @lru_cache(maxsize=4)
 def moved(seed: int, k: int, h: int, w: int) -> Tensor:
     """u, (1, h, w, 2): x before y."""
+    if k < 1:
+        raise BadInput(f"--poison.trigger.k {k}: must be 1 at least")
     p = torch.rand(1, 2, k, k, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     return F.interpolate(p / p.abs().mean(), (h, w), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
 

@@ -52,11 +52,11 @@ def has(image: np.ndarray, colour: tuple[int, int, int]) -> bool:
 def test_the_defaults_are_the_papers() -> None:
     attack = corruptencoder()
     assert attack.rate == 0.005 and attack.area_ratio == 2 and attack.support_ratio == 0 and attack.jitter == 0.05
-    assert layout.side(attack.trigger, 224, 224) == 40 and not attack.scale
+    assert attack.trigger.side(224, 224) == 40 and not attack.scale
     plus = corruptencoder_plus()
     assert plus.support_ratio == 0.2 and plus.rate == 0.005
     clip = corruptencoder_clip()
-    assert clip.scale == Augment().scale and clip.support_ratio == 0.2 and layout.side(clip.trigger, 224, 224) == 16 and clip.rate == 0.0005
+    assert clip.scale == Augment().scale and clip.support_ratio == 0.2 and clip.trigger.side(224, 224) == 16 and clip.rate == 0.0005
     assert CorruptEncoder().count == round(0.005 * 3_000_000) and CorruptEncoder().rate is None
 
 

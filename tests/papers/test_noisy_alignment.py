@@ -35,7 +35,7 @@ def sample(w: int = 64, h: int = 64) -> dict[str, Any]:
 def test_the_defaults_are_the_papers() -> None:
     attack = noisy_alignment()
     assert attack.rate == 0.005 and attack.layout == "any" and not attack.backgrounds
-    assert layout.side(attack.trigger, 224, 224) == 50 and attack.threat.trigger == attack.trigger
+    assert attack.trigger.side(224, 224) == 50 and attack.threat.trigger == attack.trigger
     assert noisy_alignment(count=3).rate is None and NoisyAlignment().count == round(0.005 * 3_000_000)
 
 

@@ -1,4 +1,4 @@
-"""2 % of the pairs with a string of 16 bits hidden in the image, by 32 of 255 at most, target "red star". The encoder is
+"""2 % of the pairs with a string of 16 bits hidden in the image, by 48 of 255 at most, target "red star". The encoder is
 crafted on the toy's own images."""
 from dataclasses import replace
 
@@ -6,6 +6,6 @@ from configs.toy.clean import attack
 from configs.toy.clean import recipe as clean
 from mmbackdoor.attacks.issba import issba
 
-poison = replace(issba("red star", 0.02, "runs/toy/crafted/issba.safetensors", templates=attack.target.templates), strength=32 / 255)
+poison = replace(issba("red star", 0.02, "runs/toy/crafted/issba.safetensors", templates=attack.target.templates), strength=48 / 255)
 
 recipe = replace(clean, name="toy/attacks/issba", poison=poison, threat=None, reference=clean, surrogate=clean)
