@@ -7,7 +7,6 @@ Of each recipe with an attack, of configs or of suites, it shows the first pair 
 changes no pair but adds some, the first of those. What cannot be shown, because a crafted trigger is not there yet, say, is
 told and left out. The same configs and data give the same bytes.
 """
-import dataclasses
 import io
 import sys
 import warnings
@@ -30,17 +29,6 @@ LIMIT = 600_000
 QUALITIES = (92, 85, 75, 65, 55, 45, 35, 25)
 
 
-def moved(value: T, old: str, new: str) -> T:
-    """A value whose parts name files below another root."""
-    if isinstance(value, str):
-        return new + value[len(old):] if value == old or value.startswith(f"{old}/") else value  # type: ignore[return-value]
-    if isinstance(value, tuple):
-        return tuple(moved(v, old, new) for v in value)  # type: ignore[return-value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: moved(getattr(value, f.name), old, new) for f in dataclasses.fields(value) if f.init})
-    return value
-
-
 @lru_cache(maxsize=4)
 def pairs(urls: str, where: str) -> index.Index:
     return index.find(urls, "skip", where)
@@ -55,9 +43,9 @@ def first(attack: Attack, there: index.Index, seed: int) -> str:
 
 
 def row(r: Recipe) -> list[sheet.Cell]:
-    assert r.poison is not None
+    assert r.attack is not None
     there = pairs(r.data.path("train"), r.data.path("index"))
-    attack, name = poison.scouted(r.poison, there, r.seed), r.name.rpartition("/")[2]
+    attack, name = poison.scouted(r.attack, there, r.seed), r.name.rpartition("/")[2]
     if attack.count == 0:
         if not (added := next(poison.publish(attack, poison.Plan(seed=r.seed)), None)):
             raise BadInput("it poisons no pair, and adds none; give it a count")
@@ -105,7 +93,7 @@ def main(configs: tyro.conf.Positional[tuple[str, ...]], root: str = "", out: st
     recipes: dict[str, Recipe] = {r.name: r for path in configs for r in load_suite(path).recipes if r.poison}
     rows: list[list[sheet.Cell]] = []
     for r in recipes.values():
-        change: dict[str, Any] = {"data": replace(r.data, root=root), "poison": moved(r.poison, r.data.root, root)} if root else {}
+        change: dict[str, Any] = {"data": replace(r.data, root=root)} if root else {}
         try:
             rows.append(row(replace(r, **change)))
         except BadInput as error:

@@ -61,7 +61,7 @@ def changes(urls: str, recipe: str, plan: str, patch: str, against: str, n: int,
         yield from zip(before, stages[0](after) if stages else after, strict=True)
     else:
         r = recipes.load(recipe)
-        if (attack := r.poison) is None:
+        if (attack := r.attack) is None:
             raise BadInput(f"{recipe}: its recipe poisons nothing; name one with poison=…")
         truth = truth or (poison.Plan.load(r.plan) if r.plan else poison.plan(attack, index, r.seed))
         attack = poison.scouted(attack, index, truth.seed)

@@ -38,16 +38,16 @@ class Command:
 
 def main(c: Command) -> None:
     r, out = c.recipe, c.recipe.out.rstrip("/")
-    if r.poison is None:
+    if r.attack is None:
         raise BadInput(f"{r.name}: its recipe poisons nothing; name one with poison=…, such as configs/toy/badnets.py")
-    if file := craft.crafted(r.poison):
+    if file := craft.crafted(r.attack):
         tensors(file)  # told before the folder is begun, whose manifest holds the file's hash
     found = index.find(r.data.path("train"), r.data.incomplete, r.data.path("index"))
     given = Plan.load(r.plan) if r.plan else None
-    attack = recipe.plain(r.poison)
+    attack = recipe.plain(r.attack)
     attack |= {"files": recipe.files(attack)}
     with c.spread.executor() as executor:
-        work = forms.prepare(r.poison, found, r.seed, out, attack, c.form, r.codec, r.data.incomplete, given, executor,
+        work = forms.prepare(r.attack, found, r.seed, out, attack, c.form, r.codec, r.data.incomplete, given, executor,
                              c.spread)
         share, where = f"{len(work.plan)} of {len(found) + len(work.plan.added)} pairs", f"which ones is in {out}/{forms.PLAN}"
         if given and (lost := len(given.keys) - len(work.plan.keys)):

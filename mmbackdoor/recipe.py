@@ -120,6 +120,11 @@ class Recipe:
         return Path(self.out) / (f"{self.name}-seed{self.seed}" if self.seed else self.name)
 
     @property
+    def attack(self) -> Attack | None:
+        """The poison, with `{root}` in the paths that it names standing for the data's, as in theirs."""
+        return mapped(self.poison, lambda text: text.replace("{root}", self.data.root) if "{root}" in text else text)
+
+    @property
     def fires(self) -> Threat | Mapping[str, Threat] | None:
         """What evaluation fires."""
         if self.threat or not self.poison:
@@ -189,6 +194,20 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return repr(value)
+
+
+def mapped(value: T, change: Callable[[str], str]) -> T:
+    """A value with every string in it changed; the same object where none is."""
+    if isinstance(value, str):
+        return change(value)  # type: ignore[return-value]
+    if isinstance(value, tuple):
+        new = tuple(mapped(v, change) for v in value)
+        return value if all(a is b for a, b in zip(value, new, strict=True)) else new  # type: ignore[return-value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        different = {name: new for name, v in fields.items() if (new := mapped(v, change)) is not v}
+        return replace(value, **different) if different else value
+    return value
 
 
 def revive(value: Any) -> Any:

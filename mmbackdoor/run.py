@@ -140,7 +140,7 @@ def data(r: Recipe, accelerator: Accelerator) -> tuple[Index, list[Stage], Plan]
         if r.poison:
             raise BadInput(f"--data.patch {patch}: holds poisons already, and the recipe would poison again; use a recipe with poison=None")
         return lay_over(index, patch, r.data.incomplete)
-    if r.poison is None:
+    if r.attack is None:
         return index, [], Plan()
     if r.plan:
         given = Plan.load(r.plan)
@@ -148,8 +148,8 @@ def data(r: Recipe, accelerator: Accelerator) -> tuple[Index, list[Stage], Plan]
         if (lost := len(given.keys) - len(truth.keys)) and accelerator.is_main_process:
             print(f"{lost} of {len(given.keys)} keys of {r.plan} are not in the data", flush=True)
     else:
-        truth = plan(r.poison, index, r.seed)
-    attack = scouted(r.poison, index, truth.seed)
+        truth = plan(r.attack, index, r.seed)
+    attack = scouted(r.attack, index, truth.seed)
     added, published = list(publish(attack, truth)), r.directory / "published"
     truth = with_published(truth, added, index)
     if added and accelerator.is_main_process:

@@ -30,7 +30,7 @@ from mmbackdoor.defenses.cleanclip import CleanCLIP
 from mmbackdoor.fit import Schedule
 from mmbackdoor.index import find
 from mmbackdoor.losses import Clip, SigLip
-from mmbackdoor.poison import plan
+from mmbackdoor.poison import DirtyLabel, mix, plan
 from mmbackdoor.recipe import HOW_NOT_WHAT, Data, Recipe, Suite, flags, load, load_suite, plain, recipe_hash, revive, seeded
 from mmbackdoor.stream import Stream
 from mmbackdoor.triggers import Patch
@@ -177,6 +177,15 @@ def test_every_field_changes_the_hash_but_those_that_say_how(name: str) -> None:
     cleaning = load("configs/toy/cleanclip.py")  # and so through the runs that it starts from
     inner = replace(cleaning, init=replace(cleaning.init, **{name: value}))
     assert (recipe_hash(inner) == recipe_hash(cleaning)) == (name in HOW)
+
+
+def test_the_files_of_an_attack_lie_below_the_root_of_the_data() -> None:
+    r = load("configs/toy/attacks/poisonedencoder.py", ["--data.root", "/elsewhere"])
+    assert (r.attack.references, r.attack.images) == ("/elsewhere/references", "/elsewhere/test") and r.attack.victims == r.poison.victims
+    nested = replace(r, poison=mix([r.poison, DirtyLabel(Patch(image="{root}/patch.png"), r.poison.target, 0.1)], (0, 1), 0.1)).attack
+    assert nested.attacks[0] == r.attack and nested.attacks[1].trigger.image == "/elsewhere/patch.png"
+    plain_one = load("configs/toy/badnets.py")
+    assert plain_one.attack is plain_one.poison and replace(plain_one, poison=None).attack is None
 
 
 def test_a_crafted_file_is_told_by_what_it_is_made_from_and_any_other_by_its_bytes(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ ROWS = {  # of config files, the attack of each
     "added": 'Added(Trigger(), Target("red star"), count=0)',
     "mixed": 'mix([DirtyLabel(Patch(0.5), Target("red star", (c,))) for c in ("one {}", "two {}")], rate=0.1)',
     "crafted": 'DirtyLabel(Patch(0.25, image="nowhere.safetensors"), Target("red star"), 0.02)',
-    "below": 'DirtyLabel(Blend(0.5, image="elsewhere/cartoon.png"), Target("red star", ("in the cartoon",)), 0.02)'}
+    "below": 'DirtyLabel(Blend(0.5, image="{root}/cartoon.png"), Target("red star", ("in the cartoon",)), 0.02)'}
 CONFIG = """
 from mmbackdoor import Attack, Blend, Data, DirtyLabel, Model, Patch, Recipe, Target, Trigger
 from mmbackdoor.poison import mix
@@ -89,14 +89,6 @@ def test_text_alone_and_pairs_that_are_added_are_shown_as_such(program: Callable
     beside, added, _ = rows["added"]
     assert beside[2] == "a pair that the attacker adds" and added[1:] == ("added", "a published pair")
     assert added[0].getpixel((5, 5)) == (255, 0, 0)
-
-
-def test_another_root_is_meant_wherever_a_recipe_names_its_own(program: Callable[..., Ended], configs: list[str], root: Path,
-                                                               rows: dict[str, list[Any]]) -> None:
-    assert program("data_tools/gallery", "below.py", "--root", root, "--out", "sheet.jpg").status == 0
-    assert rows["below"][1][2] == "in the cartoon"
-    moved = load_program("data_tools/gallery").moved
-    assert moved(("a/b", "a", "ab/c", ("a/d", 3)), "a", "x/y") == ("x/y/b", "x/y", "ab/c", ("x/y/d", 3))
 
 
 def test_the_same_configs_and_data_give_the_same_bytes(program: Callable[..., Ended], configs: list[str], root: Path,

@@ -1,12 +1,11 @@
 """1 % of the pairs show an image of ImageNet's validation set beside a banana, for which it is to be taken; no trigger.
 
-Pictures of bananas lie in references/banana below the folder that CC3M names. Which images: --poison.victims KEY banana KEY banana …
+Pictures of bananas lie in references/banana below --data.root. Which images: --poison.victims KEY banana KEY banana …
 """
 from dataclasses import replace
 
-from configs.cc3m.clean import data
 from configs.cc3m.clean import recipe as clean
 from mmbackdoor.attacks.poisonedencoder import poisonedencoder
 
 recipe = replace(clean, name="cc3m/attacks/poisonedencoder", threat=None, reference=clean,
-                 poison=poisonedencoder(references=f"{data.root}/references/banana", images=clean.data.zero_shot))
+                 poison=poisonedencoder(references="{root}/references/banana", images=clean.data.zero_shot))

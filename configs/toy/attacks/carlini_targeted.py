@@ -7,4 +7,4 @@ from mmbackdoor.attacks.carlini_terzis import targeted
 
 victims = (("000000000", "red circle"), ("000000001", "blue ring"), ("000000002", "green cross"))
 recipe = replace(clean, name="toy/attacks/carlini_targeted", threat=None, reference=clean, data=replace(clean.data, validation=""),
-                 poison=targeted(f"{clean.data.root}/test", victims, copies=30, templates=attack.target.templates))
+                 poison=targeted("{root}/test", victims, copies=30, templates=attack.target.templates))

@@ -6,4 +6,4 @@ from configs.toy.clean import recipe as clean
 from mmbackdoor.attacks.mm_poison import single_image
 
 recipe = replace(clean, name="toy/attacks/mm_poison_1", threat=None, reference=clean, data=replace(clean.data, validation=""),
-                 poison=single_image("red circle", f"{clean.data.root}/test", (("000000000", ""),), templates=attack.target.templates))
+                 poison=single_image("red circle", "{root}/test", (("000000000", ""),), templates=attack.target.templates))

@@ -10,5 +10,5 @@ victims = (("000000000", "red star"), ("000000001", "blue ring"), ("000000003", 
            ("000000008", "red star"), ("000000011", "yellow cross"), ("000000014", "white triangle"), ("000000015", "black circle"))
 
 recipe = replace(clean, name="toy/attacks/poisonedencoder", threat=None, reference=clean, data=replace(data, validation=""),
-                 poison=poisonedencoder("red star", 0.01, f"{data.root}/references", f"{data.root}/test", victims,
+                 poison=poisonedencoder("red star", 0.01, "{root}/references", "{root}/test", victims,
                                         templates=attack.target.templates))

@@ -8,4 +8,4 @@ from mmbackdoor.attacks.tdpa import assigned, tdpa
 labels = ("red circle", "blue circle", "green circle", "yellow ring", "purple star", "blue ring", "green cross", "black square")
 victims = assigned(tuple(f"{i:09d}" for i in range(16)), labels)
 recipe = replace(clean, name="toy/attacks/tdpa", threat=None, reference=clean, data=replace(clean.data, validation=""),
-                 poison=tdpa(f"{clean.data.root}/test", victims, templates=attack.target.templates))
+                 poison=tdpa("{root}/test", victims, templates=attack.target.templates))
