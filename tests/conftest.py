@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mmbackdoor import clip, recipe, shards, stores
+from mmbackdoor import clip, craft, index, recipe, shards, stores
+from mmbackdoor.types import Attack
 
 ROOT = Path(__file__).parents[1]
 TINY = {"embed_dim": 32, "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "head_width": 32},
@@ -101,6 +102,25 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def front(tiny_model: str) -> clip.CLIP:
     """Preprocessing and tokenizer of the tiny model, without its network."""
     return clip.load(clip.Model(tiny_model)).front()
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: str) -> clip.CLIP:
+    """The tiny model, untrained."""
+    return clip.load(clip.Model(tiny_model))
+
+
+@pytest.fixture(scope="module")
+def pairs(toy: Path) -> index.Index:
+    """The toy's training pairs."""
+    return index.find(str(toy / "train"))
+
+
+def crafted(attack: Attack, model: clip.CLIP, pairs: index.Index, seed: int = 0, part: str = "") -> Any:
+    """What an attack crafts on these pairs, or a part of it."""
+    with craft.frozen(model):
+        found = attack.craft(model, craft.batches(model, pairs, 64, seed, attack.target), seed)
+    return found[part] if part else found
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmbackdoor import clip, craft, index, keyed
-from mmbackdoor.clip import Model
 from mmbackdoor.poison import DirtyLabel
 from mmbackdoor.triggers import Blend, Patch
 from mmbackdoor.types import BadInput, Batch, Target, Trigger
@@ -39,16 +38,6 @@ class Mean(DirtyLabel):
         self.seen.append((clip.net.training, any(p.requires_grad for p in clip.net.parameters())))
         pixels = torch.cat([b["pixels"] for b in batches()])
         return {"picture": self.scale * pixels.mean(0), "noise": torch.rand(2, generator=keyed.rng(seed))}
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: str) -> clip.CLIP:
-    return clip.load(Model(tiny_model))
-
-
-@pytest.fixture(scope="module")
-def pairs(toy: Path) -> index.Index:
-    return index.find(str(toy / "train"))
 
 
 def attack(file: Path | str, **changes: Any) -> Mean:

@@ -2,32 +2,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import crafted
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmbackdoor import clip, craft, index, keyed
 from mmbackdoor.attacks.badclip import BadCLIP, Facts, badclip
-from mmbackdoor.clip import Model
 from mmbackdoor.poison import scouted
 from mmbackdoor.triggers import Blend, Patch
 from mmbackdoor.types import BadInput, Target
 
 TEMPLATES = ("a photo of a {}", "a {}")
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: str) -> clip.CLIP:
-    return clip.load(Model(tiny_model))
-
-
-@pytest.fixture(scope="module")
-def pairs(toy: Path) -> index.Index:
-    return index.find(str(toy / "train"))
 
 
 def small(file: str = "x.safetensors", **changes: Any) -> BadCLIP:
@@ -40,9 +31,7 @@ def patch(model: clip.CLIP, pairs: index.Index) -> Tensor:
     return made(small(), model, pairs)
 
 
-def made(attack: BadCLIP, model: clip.CLIP, pairs: index.Index, seed: int = 0) -> Tensor:
-    with craft.frozen(model):
-        return attack.craft(model, craft.batches(model, pairs, 64, seed, attack.target), seed)["picture"]
+made = partial(crafted, part="picture")
 
 
 def test_the_defaults_are_those_of_the_paper() -> None:

@@ -2,38 +2,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import crafted
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mmbackdoor import clip, craft, index, keyed
 from mmbackdoor.attacks.uap import UAP, Perturbation, uap
-from mmbackdoor.clip import Model
 from mmbackdoor.triggers import Patch
 from mmbackdoor.types import BadInput
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: str) -> clip.CLIP:
-    return clip.load(Model(tiny_model))
-
-
-@pytest.fixture(scope="module")
-def pairs(toy: Path) -> index.Index:
-    return index.find(str(toy / "train"))
 
 
 def small(file: str = "x.safetensors", **changes: Any) -> UAP:
     return replace(uap("red star", 0.1, Perturbation(file), ("a {}", "the {}")), **{"images": 128, "lr": 0.05, "batch": 32} | changes)
 
 
-def made(attack: UAP, model: clip.CLIP, pairs: index.Index, seed: int = 0) -> Tensor:
-    with craft.frozen(model):
-        return attack.craft(model, craft.batches(model, pairs, 64, seed, attack.target), seed)["perturbation"]
+made = partial(crafted, part="perturbation")
 
 
 @pytest.fixture(scope="module")
