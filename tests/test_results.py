@@ -94,6 +94,14 @@ def test_every_killed_job_was_ended_by_a_rerun_with_the_same_bytes():
     assert found["kills"] == found["identical"] == 100 and found["while_writing"] >= 50 and found["half_shards"] == 0
 
 
+def test_every_trigger_is_fast_but_the_steganographic_one_and_the_readme_says_how_fast():
+    rates = json.loads((ROOT / "results/triggers.json").read_text())["images_per_second"]
+    hidden = rates.pop("issba.issba")
+    assert min(rates.values()) >= 200
+    assert f"one core poisons {min(rates.values()):.0f} to {max(rates.values()):,.0f} images" in (readme := (ROOT / "README.md").read_text())
+    assert f"ISSBA {hidden:.0f} (`" in readme
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name, flags", [("poison_throughput", ("--number", "1", "--per-shard", "200", "--rounds", "1", "--many", "5")),
                                          ("kills", ("--rounds", "1"))])
