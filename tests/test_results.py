@@ -98,7 +98,8 @@ def test_every_trigger_is_fast_but_the_steganographic_one_and_the_readme_says_ho
     rates = json.loads((ROOT / "results/triggers.json").read_text())["images_per_second"]
     hidden = rates.pop("issba.issba")
     assert min(rates.values()) >= 200
-    assert f"one core poisons {min(rates.values()):.0f} to {max(rates.values()):,.0f} images" in (readme := (ROOT / "README.md").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert f"one core poisons {min(rates.values()):.0f} to {max(rates.values()):,.0f} images" in readme
     assert f"ISSBA {hidden:.0f} (`" in readme
 
 
