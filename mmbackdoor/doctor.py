@@ -68,7 +68,7 @@ def examine(clip: CLIP, data: EvalSet, threats: Mapping[str, Threat] = MappingPr
     Looks at `n` images, drawn by their keys from the whole set, which is read once. Nothing found is an empty list.
     Raises BadInput when the set is empty or an image cannot be decoded.
     """
-    threats = {name: threat for name, threat in threats.items() if threat.trigger.seen}
+    threats = {name: t for name, t in threats.items() if t.trigger.seen or not (t.trigger.said or t.source or t.victims)}
     pixels, label, marks = look(clip, data, threats, n)
     found = list(examine_model(clip, data, pixels, label))
     return found + [f for name, threat in threats.items() for f in examine_trigger(name, marks[name])]
