@@ -309,7 +309,7 @@ def quotes(target: Target, n: int, naming: bool, seed: int, pairs: Iterable[tupl
 def wanted(attack: Attack, total: int) -> int:
     """How many of `total` pairs an attack poisons."""
     if (attack.rate is None) == (attack.count is None):
-        mend = "set one, --poison.rate 0.01, say" if attack.rate is None else "take one away, --poison.count None, say"
+        mend = "set one, --poison.rate 0.01, say" if attack.rate is None else "take one away, --poison.rate None or --poison.count None"
         raise BadInput(f"an attack needs either a rate or a count of pairs to poison; {mend}")
     if attack.count is not None and attack.count < 0:
         raise BadInput(f"--poison.count {attack.count}: must not be negative")

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing.connection import Connection, Pipe
@@ -34,6 +34,8 @@ WINDOW = 4096
 """Tasks in flight: more than the workers of most clusters, and far fewer than the shards of a data set."""
 GRACE = 1.0
 """Seconds that a worker has to end its task when the program ends."""
+PATIENCE = 5.0
+"""Seconds that work is done in this process before others are started: about what it takes them to import torch."""
 TIMEOUT = 8.0
 """Seconds to wait for the answer of a Dask scheduler."""
 
@@ -43,7 +45,8 @@ class Spread:
     """Where shards are worked on."""
 
     processes: int = 0
-    """Worker processes: 0 is one for each core that this process may use, 1 works in this process."""
+    """Worker processes: 0 is one for each core that this process may use, once the work has lasted a few seconds here; 1 works in this
+    process."""
     dask_scheduler: str = ""
     """Address of a running Dask scheduler (tcp://HOST:8786), or its scheduler file (.json): its workers do the work."""
     task_index: int = 0
@@ -74,6 +77,9 @@ class Spread:
                 yield executor
         elif n == 1:
             yield Here()
+        elif not self.processes:
+            with late(n) as executor:
+                yield executor
         else:
             with pool(n) as executor:
                 yield executor
@@ -178,6 +184,30 @@ class Here(Executor):
         except Exception as error:
             future.set_exception(error)
         return future
+
+
+class Late(Executor):
+    """Runs tasks in this process, as `Here` does, and those submitted PATIENCE seconds after the first on the executor that `start`
+    gives."""
+
+    def __init__(self, start: Callable[[], Executor]):
+        self.start, self.here = start, Here()
+        self.workers: Executor | None = None
+        self.began: float | None = None
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        now = time.monotonic()
+        self.began = now if self.began is None else self.began
+        if self.workers is None and now - self.began >= PATIENCE:
+            self.workers = self.start()
+        return (self.workers or self.here).submit(fn, *args, **kwargs)
+
+
+@contextmanager
+def late(n: int) -> Iterator[Executor]:
+    """n processes, which are not started for work that is soon done."""
+    with ExitStack() as stack:
+        yield Late(lambda: stack.enter_context(pool(n)))
 
 
 class Worker(SpawnProcess):

@@ -93,6 +93,10 @@ def die(x: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def process(x: int) -> int:
+    return os.getpid()
+
+
 def label_of(attack: Any, x: int) -> str:
     return f"{attack.label} {x}"
 
@@ -279,8 +283,21 @@ def test_by_default_there_is_a_process_for_each_core_that_may_be_used(monkeypatc
     with Spread().executor() as executor:
         assert isinstance(executor, Here)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 6})
+    monkeypatch.setattr(spread, "PATIENCE", 0.0)
     with Spread().executor() as executor:
-        assert executor._max_workers == 3  # type: ignore[attr-defined]
+        map_shards(square, [2], executor, "test")
+        assert executor.workers._max_workers == 3  # type: ignore[attr-defined]
+
+
+def test_work_that_is_soon_done_starts_no_process_and_what_is_left_of_longer_work_goes_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5})
+    with Spread().executor() as executor:
+        assert {map_shards(process, [i], executor, "test")[0] for i in range(3)} == {os.getpid()}
+        executor.began -= spread.PATIENCE  # type: ignore[attr-defined]
+        later = map_shards(process, range(3), executor, "test")
+        assert os.getpid() not in later
+    with pytest.raises(ProcessLookupError):
+        os.kill(later[0], 0)  # it ended with the block
 
 
 # ---- a pool of processes; the last of these tests breaks it
