@@ -5,7 +5,7 @@
 
 A run whose results exist for the same recipe is skipped, in the folder of records too, unless another run starts from its weights; one
 that was interrupted goes on where it stopped.
-1 load the suite   2 train what is missing   3 table and report   4 record
+1 load the suite   2 train what is missing, record it   3 table and report
 """
 import shutil
 from dataclasses import replace
@@ -25,26 +25,30 @@ def main(config: tyro.conf.Positional[str], seeds: tuple[int, ...] = (0,), recor
     Args:
         config: Python file that defines a `suite`.
         seeds: Each recipe is run under each of them.
-        record: Folder to copy the results to, as NAME-seedN.json. What it holds already is not run again.
+        record: Folder to copy each result to when it is there, as NAME-seedN.json. What it holds already is not run again.
         again: Measure finished runs again, without training them.
         overwrite: Remove runs of the same name that were made by another recipe.
     """
     suite = recipe.load_suite(config)  # 1
     runs = suite.runs(seeds)
     started_from = {other.directory for r in runs for other in (r.init, r.reference, r.surrogate) if isinstance(other, recipe.Recipe)}
+    first = run.processes().is_main_process
     for i, r in enumerate(runs, 1):  # 2
+        kept = Path(record) / f"{r.name}-seed{r.seed}.json"
         if record and not run.done(r) and r.directory not in started_from and not again:
-            run.take(Path(record) / f"{r.name}-seed{r.seed}.json", r)
+            run.take(kept, r)
         if run.done(r):
             print(f"[{i}/{len(runs)}] {r.directory}: done already", flush=True)
             if again:
                 measure(str(r.directory))
-            continue
-        print(f"[{i}/{len(runs)}] {r.directory}", flush=True)
-        if overwrite and not run.begun(r) and run.processes().is_main_process:
-            shutil.rmtree(r.directory, ignore_errors=True)
-        train(replace(r, resume="latest"))
-    if not run.processes().is_main_process:
+        else:
+            print(f"[{i}/{len(runs)}] {r.directory}", flush=True)
+            if overwrite and not run.begun(r) and first:
+                shutil.rmtree(r.directory, ignore_errors=True)
+            train(replace(r, resume="latest"))
+        if record and first:
+            stores.write_json(kept, run.read_results(r.directory))
+    if not first:
         return
     found = {r.directory: run.read_results(r.directory) for r in runs}  # 3
     out = Path(runs[0].out) / suite.name / "report.html"
@@ -59,10 +63,6 @@ def main(config: tyro.conf.Positional[str], seeds: tuple[int, ...] = (0,), recor
     print(f"\nreport: {out}")
     for objective, lr in report.chosen([found[d] for d in of(suite.sweep)]).items():
         print(f"{objective}: of the sweep, learning rate {lr:g} has the highest clean validation accuracy")
-    if record:  # 4
-        for d in found:
-            r = found[d]
-            stores.write_json(Path(record) / f"{r['name']}-seed{r['seed']}.json", r)
 
 
 if __name__ == "__main__":

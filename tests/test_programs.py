@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import load_program
 from PIL import Image
+
+from mmbackdoor import recipe, stores
 
 ROOT = Path(__file__).parent.parent
 ACCELERATE = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", "configs/accelerate/cpu.yaml"]
@@ -21,10 +24,10 @@ def run(*words, status=0, **env):
 
 @pytest.fixture(scope="module")
 def runs(toy, tiny_model, tmp_path_factory):
-    """A tiny clean run and a poisoned one, trained by the launcher."""
+    """A tiny clean run and a poisoned one, which the launcher starts."""
     out = tmp_path_factory.mktemp("runs")
     common = ["--data.root", toy, "--model.name", tiny_model, "--out", out, "--epochs", "2", "--batch-size", "32", "--warmup", "2"]
-    run(*ACCELERATE, "train.py", "configs/toy/clean.py", *common)
+    run(sys.executable, "train.py", "configs/toy/clean.py", *common)
     run(*ACCELERATE, "train.py", "configs/toy/badnets.py", *common, "--poison.rate", "0.05", "--reference", out / "toy/clean",
         "--report-to", "tensorboard", "--workers", "1")
     return out
@@ -107,7 +110,7 @@ def test_training_on_poisoned_shards_gives_the_weights_of_online_poisoning(runs,
     """Shards stay clean and the stream is poisoned, or the shards are: the same images, so the same model."""
     flags = ["--data.root", toy, "--poison.rate", "0.05"]
     run(sys.executable, "data_tools/poison.py", "configs/toy/badnets.py", *flags, "--out", tmp_path / "poisoned")
-    run(*ACCELERATE, "train.py", "configs/toy/from_disk.py", "--data.root", toy, "--data.train", tmp_path / "poisoned", "--model.name",
+    run(sys.executable, "train.py", "configs/toy/from_disk.py", "--data.root", toy, "--data.train", tmp_path / "poisoned", "--model.name",
         tiny_model, "--out", tmp_path, "--epochs", "2", "--batch-size", "32", "--warmup", "2")
     online, offline = (json.loads((f / "results.json").read_text()) for f in (runs / "toy/badnets", tmp_path / "toy/from_disk"))
     assert offline["metrics"]["zero_shot"]["asr"] == online["metrics"]["zero_shot"]["asr"]
@@ -189,6 +192,21 @@ def test_bench_runs_a_suite_once_with_a_users_own_attack_and_reports(toy, tiny_m
     elsewhere = run(sys.executable, "bench.py", config, "--record", tmp_path / "results")  # another machine has the records only
     assert elsewhere.stdout.count("done already") == 3 and "mine/slow (seed 0)" in elsewhere.stdout
     assert (tmp_path / "results/mine/cleaned-seed0.json").read_text() == before
+
+
+def test_a_suite_that_is_broken_off_has_recorded_what_it_finished(program, monkeypatch, toy, tiny_model, tmp_path):
+    (tmp_path / "suite.py").write_text(SUITE.format(toy=str(toy), model=str(tiny_model), out=str(tmp_path / "runs")))
+    finished = []
+
+    def train(r):
+        if finished:
+            raise KeyboardInterrupt
+        stores.write_json(r.directory / "results.json", {"schema": 1, "recipe_hash": recipe.recipe_hash(r)})
+        finished.append(r.name)
+
+    monkeypatch.setattr(load_program("bench"), "train", train)
+    assert program("bench", "suite.py", "--record", "results").status == 130
+    assert finished == ["mine/clean"] and [p.name for p in (tmp_path / "results").rglob("*.json")] == ["clean-seed0.json"]
 
 
 def test_help_is_given_without_a_config():
