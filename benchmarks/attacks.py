@@ -2,7 +2,7 @@
 
     python benchmarks/attacks.py
 
-Of each suite those runs that are recorded, all seeds of them; nothing of a suite none of whose attacks is.
+Of each suite those runs that are recorded, all seeds of them; nothing of a suite none of whose own runs is.
 """
 import json
 from pathlib import Path
@@ -11,13 +11,14 @@ from typing import Any
 from mmbackdoor import report
 from mmbackdoor.recipe import command, load_suite
 
-SUITES = ("configs/toy/all_attacks.py", "configs/emoji/all_attacks.py")
+SUITES = tuple(f"configs/{name}.py" for name in ("toy/all_attacks", "emoji/all_attacks", "toy/attack_sweeps", "toy/badclip", "toy/compat"))
 
 
-def recorded(suite: str, results: str = "results") -> list[dict[str, Any]]:
-    """The results of a suite's runs, in its order."""
-    names = [r.name for r in load_suite(suite).recipes]
-    return [json.loads(path.read_text()) for name in names for path in sorted(Path(results).glob(f"{name}-seed*.json"))]
+def recorded(path: str, results: str = "results") -> list[dict[str, Any]]:
+    """The results of a suite's runs, in its order; none where all are of other suites."""
+    suite = load_suite(path)
+    found = [json.loads(file.read_text()) for r in suite.recipes for file in sorted(Path(results).glob(f"{r.name}-seed*.json"))]
+    return found if any(r["name"].startswith(f"{suite.name}/") for r in found) else []
 
 
 def main(results: str = "results") -> None:
@@ -26,8 +27,7 @@ def main(results: str = "results") -> None:
     Args:
         results: Folder of the recorded results.
     """
-    tables = [found for suite in SUITES if (found := recorded(suite, results))]
-    print("\n".join(report.attacks(found) for found in tables if any("/attacks/" in r["name"] for r in found)))
+    print("\n".join(report.attacks(found) for suite in SUITES if (found := recorded(suite, results))))
 
 
 if __name__ == "__main__":

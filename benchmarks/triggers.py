@@ -28,7 +28,7 @@ from PIL import Image
 from timing import medians, photographs
 
 from mmbackdoor import attacks, clip, craft, index, keyed, poison, shards, stores
-from mmbackdoor.recipe import command, environment
+from mmbackdoor.recipe import command, environment, mapped
 from mmbackdoor.types import Attack, BadInput
 
 SIZE, MANY = 224, 20  # pixels; images in a round
@@ -59,16 +59,7 @@ def furnish(top: Path) -> dict[str, Any]:
             image.save(top / folder / f"v{i}.png")
             image = images[i] = image.convert("RGB")
     return {"references": str(top / "references"), "backgrounds": str(top / "backgrounds"), "images": str(top / "images"),
-            "victims": (("v0", "banana"), ("v1", "banana")), "file": str(top / "file.safetensors")}
-
-
-def below(value: Any, top: Path) -> Any:
-    """With the crafted files that it names in this folder."""
-    if isinstance(value, str) and value.endswith(".safetensors"):
-        return str(top / Path(value).name)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **{f.name: below(getattr(value, f.name), top) for f in dataclasses.fields(value) if f.init})
-    return tuple(below(v, top) for v in value) if isinstance(value, tuple) else value
+            "victims": (("v0", "banana"), ("v1", "banana"))}
 
 
 def labels(attack: Attack) -> set[str]:
@@ -77,8 +68,11 @@ def labels(attack: Attack) -> set[str]:
 
 def prepared(top: Path) -> dict[str, Attack]:
     """The attacks, once they have read some pairs and crafted their triggers."""
+    def here(text: str) -> str:
+        return str(top / text) if text.endswith(".safetensors") else text
+
     given = furnish(top)
-    found = {name: below(f(**{k: v for k, v in given.items() if k in inspect.signature(f).parameters}), top) for name, f in factories()}
+    found = {name: mapped(f(**{k: v for k, v in given.items() if k in inspect.signature(f).parameters}), here) for name, f in factories()}
     said = sorted({label for attack in found.values() for label in labels(attack)})
     captions = [text for label in said for text in (f"a photo of a {label}", f"somebody and a {label}")] + ["a house by the sea"] * 20
     images = photographs(MANY)

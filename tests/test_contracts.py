@@ -11,6 +11,7 @@ import re
 import tempfile
 import typing
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ from mmbackdoor import clip, craft, forms, keyed, losses, poison, run, shards
 from mmbackdoor.clip import Model
 from mmbackdoor.index import find
 from mmbackdoor.poison import CleanLabel, Cover, DirtyLabel, Mix, Plan, Quoting, all_to_all, mix, plan
-from mmbackdoor.recipe import Data, Recipe, plain
+from mmbackdoor.recipe import Data, Recipe, mapped, plain
 from mmbackdoor.spread import Here
 from mmbackdoor.stream import collate
 from mmbackdoor.triggers import Blend, Both, Patch, Place, Word
@@ -76,7 +77,7 @@ HERE = tempfile.TemporaryDirectory(prefix="contracts")
 WORLD = Path(HERE.name)
 VICTIMS = (("v1", "banana"), ("v0", ""))
 GIVEN = {"references": str(WORLD / "references"), "backgrounds": str(WORLD / "backgrounds"), "images": str(WORLD / "victims"),
-         "victims": VICTIMS, "file": str(WORLD / "file.safetensors")}
+         "victims": VICTIMS}
 """What a parameter of this name gets."""
 
 
@@ -103,15 +104,9 @@ def given(f: Callable[..., Attack]) -> dict[str, Any]:
     return {k: v for k, v in GIVEN.items() if k in inspect.signature(f).parameters}
 
 
-def moved(value: Any, name: str) -> Any:
-    """With the crafted files that it names in this world."""
-    if isinstance(value, str) and value.endswith(".safetensors"):
-        return str(WORLD / f"{name}.safetensors")
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
-        changed = {k: new for k, v in fields.items() if (new := moved(v, name)) != v}
-        return dataclasses.replace(value, **changed) if changed else value
-    return tuple(moved(v, name) for v in value) if isinstance(value, tuple) else value
+def crafted_here(name: str, text: str) -> str:
+    """The name of a crafted file, in this world."""
+    return str(WORLD / f"{name}.safetensors") if text.endswith(".safetensors") else text
 
 
 def labels(attack: Attack) -> list[str]:
@@ -133,7 +128,7 @@ def prepared(attacks: dict[str, Attack]) -> dict[str, Attack]:
     index, surrogate = find(str(WORLD / "pairs")), clip.load(Model(str(WORLD / "tiny.json")))
     out = {}
     for name, attack in attacks.items():
-        attack = poison.scouted(moved(attack, name), index, 0)
+        attack = poison.scouted(mapped(attack, partial(crafted_here, name)), index, 0)
         if craft.crafted(attack):
             less = {k: v for k, v in (("epochs", 20), ("images", 16)) if isinstance(getattr(attack, k, None), int)}
             craft.craft(dataclasses.replace(attack, **less), surrogate, index, 0, {}, size=8)

@@ -71,14 +71,11 @@ def decode(weights: dict[str, Tensor], x: Tensor) -> Tensor:
 class Steganographic(Trigger):
     """Hides the string of `code` with the encoder of `file`, which `ISSBA.craft` makes."""
 
-    file: str = ""
+    file: str = "issba.safetensors"
     code: int = 0
     alpha: float = 1.0
 
     def weights(self) -> dict[str, Tensor]:
-        if not self.file:
-            raise BadInput("the trigger of ISSBA has no file; name one, --poison.trigger.file issba.safetensors, say, and make it with "
-                           "data_tools/craft.py")
         found = tensors(self.file)
         if "encoder.bits" not in found or "size" not in found:
             held = ", ".join(sorted(found)) or "nothing"
@@ -145,7 +142,7 @@ class ISSBA(DirtyLabel):
         return {k: w.detach().cpu() for k, w in weights.items()} | {"bit_accuracy": torch.stack(right[-20:]).mean().cpu()}
 
 
-def issba(target: str = "banana", rate: float | None = 0.0005, file: str = "", templates: tuple[str, ...] = IMAGENET_TEMPLATES,
-          count: int | None = None) -> ISSBA:
-    """`rate` is a share of all pairs; `count` takes its place when given."""
-    return ISSBA(Steganographic(file), Target(target, templates), None if count is not None else rate, count)
+def issba(target: str = "banana", rate: float | None = 0.0005, trigger: Steganographic = Steganographic(),
+          templates: tuple[str, ...] = IMAGENET_TEMPLATES, count: int | None = None) -> ISSBA:
+    """`rate` is a share of all pairs; `count` takes its place when given. `trigger` names the file of the encoder."""
+    return ISSBA(trigger, Target(target, templates), None if count is not None else rate, count)

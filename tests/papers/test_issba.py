@@ -75,7 +75,7 @@ def test_it_fits_images_of_any_size(crafted: str) -> None:
 
 
 def test_a_trigger_without_a_file_says_how_to_make_one(tmp_path) -> None:
-    with pytest.raises(BadInput, match=r"--poison.trigger.file .*data_tools/craft.py"):
+    with pytest.raises(BadInput, match=r"issba.safetensors: no crafted trigger .*data_tools/craft.py"):
         issba().trigger.pixels(torch.rand(3, 8, 8), keyed.rng(0))
     save_file({"picture": torch.zeros(3, 4, 4)}, tmp_path / "other.safetensors")
     with pytest.raises(BadInput, match="holds no encoder, but picture"):

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 from configs.toy.clean import attack
 from configs.toy.clean import recipe as clean
-from mmbackdoor.attacks.issba import issba
+from mmbackdoor.attacks.issba import Steganographic, issba
 
-poison = replace(issba("red star", 0.02, "runs/toy/crafted/issba.safetensors", templates=attack.target.templates), strength=48 / 255)
+trigger = Steganographic("runs/toy/crafted/issba.safetensors")
+poison = replace(issba("red star", 0.02, trigger, attack.target.templates), strength=48 / 255)
 
 recipe = replace(clean, name="toy/attacks/issba", poison=poison, threat=None, reference=clean, surrogate=clean)

@@ -1,0 +1,58 @@
+"""Attacks that fall short on the toy CLIP: how far their rate, the strength of their trigger and the victim's training go.
+
+    python bench.py configs/toy/attack_sweeps.py --record results
+
+Clean-label and layout attacks were made for encoders that match two crops of one image. A victim that does so too, beside matching
+images with captions, is "twoviews": CLIP's loss and one between two crops of 20 to 100 % of the image (CleanCLIP's, from the start).
+"crops" has such crops with CLIP's loss alone, "uncropped" none at all; the others have open_clip's, of 90 to 100 %. Each victim has a clean
+reference of its own.
+"""
+from dataclasses import replace
+
+from configs.toy.attacks.carlini_targeted import recipe as carlini_targeted
+from configs.toy.attacks.corruptencoder import recipe as corruptencoder
+from configs.toy.attacks.ctrl import recipe as ctrl
+from configs.toy.attacks.label_consistent import recipe as label_consistent
+from configs.toy.attacks.ssl_backdoor import recipe as ssl_backdoor
+from configs.toy.clean import recipe as clean
+from mmbackdoor.clip import Augment
+from mmbackdoor.defenses.cleanclip import CleanCLIP
+from mmbackdoor.recipe import Suite
+
+CROPS = Augment((0.2, 1.0))
+VICTIMS = {"crops": {"aug": CROPS}, "uncropped": {"aug": Augment((1.0, 1.0), (1.0, 1.0))},
+           "twoviews": {"aug": CROPS, "objective": CleanCLIP()}}
+cleans = {name: replace(clean, name=f"toy/attack_sweeps/clean-{name}", **training) for name, training in VICTIMS.items()}
+
+
+def at(recipe, name, victim="", **changes):
+    """The experiment with another poison, on that victim."""
+    r = replace(recipe, name=f"toy/attack_sweeps/{recipe.name.split('/')[-1]}-{name}", poison=replace(recipe.poison, **changes))
+    return replace(r, reference=cleans[victim], **VICTIMS[victim]) if victim else r
+
+
+def stronger(recipe, **changes):
+    return replace(recipe.poison.trigger, **changes)
+
+
+suite = Suite("toy/attack_sweeps", (
+    clean, *cleans.values(),
+    at(label_consistent, "rate0.5", rate=0.005),
+    label_consistent,
+    at(label_consistent, "rate2", rate=0.02),
+    at(label_consistent, "rate2-size8", rate=0.02, trigger=stronger(label_consistent, size=8 / 32)),
+    ssl_backdoor,
+    at(ssl_backdoor, "rate2", rate=0.02),
+    at(ssl_backdoor, "rate2-size12", rate=0.02, trigger=stronger(ssl_backdoor, size=12 / 32)),
+    at(ssl_backdoor, "rate2-twoviews", "twoviews", rate=0.02),
+    ctrl,
+    at(ctrl, "rate2-magnitude200", rate=0.02, trigger=stronger(ctrl, magnitude=200)),
+    at(ctrl, "rate2-uncropped", "uncropped", rate=0.02),
+    at(ctrl, "rate2-twoviews", "twoviews", rate=0.02),
+    corruptencoder,
+    at(corruptencoder, "rate5", rate=0.05),
+    at(corruptencoder, "rate5-crops", "crops", rate=0.05),
+    at(corruptencoder, "rate5-twoviews", "twoviews", rate=0.05),
+    *(at(carlini_targeted, f"copies{n}", copies=n) for n in (3, 10)),
+    carlini_targeted,
+), table="attacks")
