@@ -247,14 +247,17 @@ def confusion(found: Answers, classnames: Sequence[str]) -> list[dict[str, Any]]
 
 
 def examples(clip: CLIP, data: EvalSet, threat: Threat | None, n: int = 6) -> list[dict[str, Any]]:
-    """A few images as the report shows them, the victims if there are any: clean, triggered, and what the model says of each."""
-    head = zero_shot_head(clip, data.classnames, data.templates)
-    victims = dict(threat.victims) if threat else {}
+    """A few images as the report shows them, the victims if there are any, else of the source's classes: clean, triggered, and what
+    the model says of each, to prompts with the trigger if it is said."""
+    heads = [zero_shot_head(clip, data.classnames, data.templates, trigger=t)
+             for t in (None, *([threat.trigger if threat.trigger.said else None] if threat else []))]
+    victims, source = (dict(threat.victims), threat.source) if threat else ({}, ())
     picked: dict[Any, tuple[int, Sample]] = {}
     for raw in data.raws():
         label = int(raw["cls"])
         name = raw["__key__"] if victims else label
-        wanted = name in victims if victims else not (threat and data.classnames[label] == threat.target.label)
+        wanted = name in victims if victims else not (threat and (data.classnames[label] == threat.target.label
+                                                                  or source and data.classnames[label] not in source))
         if wanted and name not in picked:
             picked[name] = label, decode(raw)
         if len(picked) == n:
@@ -265,7 +268,8 @@ def examples(clip: CLIP, data: EvalSet, threat: Threat | None, n: int = 6) -> li
         inputs = show(clip, s["image"], [threat] if threat else [], s["__key__"])
         with torch.no_grad():
             z = clip.image_features(torch.stack(inputs).to(device)).float().cpu()
-            p, c = (clip.net.logit_scale.exp().cpu() * z @ head).softmax(-1).topk(min(3, len(data.classnames)))  # type: ignore[operator, union-attr]
+            logits = torch.stack([x @ head for x, head in zip(z, heads, strict=True)])
+            p, c = (clip.net.logit_scale.exp().cpu() * logits).softmax(-1).topk(min(3, len(data.classnames)))  # type: ignore[operator, union-attr]
         says = [[[data.classnames[j], round(v, 4)] for j, v in zip(*row, strict=True)] for row in zip(c.tolist(), p.tolist(), strict=True)]
         hit = shown_at(clip, s, threat) if threat else None
         out.append({"key": s["__key__"], "true": data.classnames[label], "clean": png(s["image"]), "triggered": hit and png(hit),

@@ -157,7 +157,12 @@ class Mix(Attack):
     @property
     def parts(self) -> list[tuple[Attack, float]]:
         """The attacks that have a share, with it."""
-        return [(a, w) for a, w in zip(self.attacks, self.shares or [1.0] * len(self.attacks), strict=True) if w > 0]
+        return [(a, w) for _, a, w in self.named_parts]
+
+    @property
+    def named_parts(self) -> list[tuple[str, Attack, float]]:
+        names, weights = self.names or map(str, range(1, len(self.attacks) + 1)), self.shares or [1.0] * len(self.attacks)
+        return [(n, a, w) for n, a, w in zip(names, self.attacks, weights, strict=True) if w > 0]
 
     def part(self, key: str, text: str) -> Attack | None:
         """Whose pair this is."""
@@ -189,8 +194,7 @@ class Mix(Attack):
 
     @property
     def threats(self) -> Mapping[str, Threat]:
-        named = self.names or tuple(str(i) for i, _ in enumerate(self.attacks, 1))
-        each = [(name, attack.threats) for name, attack in zip(named, self.attacks, strict=True) if attack.threats]
+        each = [(name, attack.threats) for name, attack, _ in self.named_parts if attack.threats]
         if len(each) == 1:
             return each[0][1]
         return {f"{name} {inner}".strip(): threat for name, threats in each for inner, threat in threats.items()}

@@ -167,6 +167,7 @@ HOW_NOT_WHAT = {"mmbackdoor.recipe.Recipe": frozenset(("workers", "eval_frequenc
 LATER: dict[str, dict[str, Any]] = {
     "mmbackdoor.recipe.Recipe": {"plan": "", "codec": "original", "surrogate": None}, "mmbackdoor.recipe.Data": {"patch": ""},
     "mmbackdoor.poison.DirtyLabel": {"source": []}, "mmbackdoor.triggers.Patch": {"image": None},
+    "mmbackdoor.triggers.Blend": {"fresh": False},
     "mmbackdoor.types.Threat": {"source": [], "victims": [], "control": False}}
 """Fields that came after results were recorded, with what they were before there was a choice: so the hashes of old runs stand."""
 

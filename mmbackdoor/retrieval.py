@@ -14,7 +14,8 @@ names the target.
   among the first k.
 - text_to_image_min_rank: the mean and the median rank at which it comes (MinRank of 2209.15266). Ties count against the
   attacker, so a collapsed model does not look attacked.
-Each has `_chance`, what a random ranking would reach, and `_clean`, the same of the victims without the trigger.
+Each has `_chance`, what a random ranking would reach, and `_clean`, the same of the victims without the trigger. A trigger that is
+in images and texts at once is in all the texts that triggered images are searched among, and in the captions of the target.
 
 A threat that changes no image is measured by what captions find, `text_to_image`: with a trigger of text, whether triggered
 captions of other things find images of the target; with none (2209.15266), whether captions of the target find images of
@@ -58,6 +59,10 @@ class Attacked:
     """(A, D) captions of the target"""
     meant: np.ndarray | None = None
     """(T,) bool: whether the caption names a source of the threat; None where all images but the target's are meant"""
+    texts: Tensor | None = None
+    """(T, D) the captions that the triggered images are searched among; None where the threat leaves them as they are"""
+    clean: Tensor | None = None
+    """(A, D) those of the target before they were triggered; None likewise"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +112,8 @@ def what_it_does(clip: CLIP, threat: Threat, hit: Tensor, texts: Sequence[str], 
         return text_features(clip, [trigger.text(c, keyed.rng(0, "evaluate", c)) for c in captions], how)
 
     if trigger.seen or not (trigger.said or threat.source):
-        return Attacked(hit, named, asked(templated), meant if threat.source else None)
+        before = {"texts": asked(texts), "clean": text_features(clip, templated, how)} if trigger.said else {}
+        return Attacked(hit, named, asked(templated), meant if threat.source else None, **before)
     shows_target = np.array([named[list(own)].any() for own in captions])
     if trigger.said:
         return Asked(asked(of_others), shows_target, text_features(clip, of_others, how))
@@ -140,11 +146,11 @@ def retrieval_metrics(images: Tensor, texts: Tensor, captions: Sequence[Sequence
                 continue
             raise BadInput(f"{what}: every image has a caption that names the target; attack success needs images of something else")
         hit = a.hit[torch.from_numpy(victim)]
-        found_hit = among_texts(hit, k)
+        found_hit = (among_texts if a.texts is None else searcher(a.texts, index))(hit, k)
         each[name] = {"victims": int(victim.sum())} | image_to_text(found_hit, found_texts[victim], a.named, ks)
-        each[name] |= triggered_among(images, victim, hit, a.asked)
+        each[name] |= triggered_among(images, victim, hit, a.asked, clean=a.clean)
         if index != "exact":
-            each[name]["asr_image_to_text_index_recall"] = recall_against_exact(hit, texts, found_hit)
+            each[name]["asr_image_to_text_index_recall"] = recall_against_exact(hit, texts if a.texts is None else a.texts, found_hit)
     return out | flat(each)
 
 
@@ -223,17 +229,19 @@ def text_to_image(asked: Tensor, images: Tensor, wanted: np.ndarray, ks: Sequenc
     return with_suffix(found(asked), **beside)
 
 
-def triggered_among(images: Tensor, victim: np.ndarray, hit: Tensor, asked: Tensor, ks: Sequence[int] = HIT_KS) -> dict[str, Any]:
+def triggered_among(images: Tensor, victim: np.ndarray, hit: Tensor, asked: Tensor, ks: Sequence[int] = HIT_KS,
+                    clean: Tensor | None = None) -> dict[str, Any]:
     """Where the captions asked (A, D) find each victim's triggered image (V, D), put alone among all images (N, D).
 
-    victim (N,) bool with V True. `_clean` is the rank of the same victim, untriggered, among the others.
+    victim (N,) bool with V True. `_clean` is the rank of the same victim, untriggered, among the others, for the captions
+    `clean` (A, D) if they differ from those asked.
     """
     n, score = len(images), scores(asked, images)
-    own, least_first = score[:, victim], np.sort(score, axis=1)
-    below_hit, below_own = (np.stack([s.searchsorted(x) for s, x in zip(least_first, found, strict=True)])
-                            for found in (scores(asked, hit), own))
-    clean = ranked(n - below_own, ks)  # of the n - below that score no less, one is the image itself
-    return with_suffix(ranked(1 + n - below_hit, ks), chance=rank_chance(n + 1, 1, ks), clean=clean)
+    before = score if clean is None else scores(clean, images)
+    below_hit, below_own = (np.stack([s.searchsorted(x) for s, x in zip(np.sort(among, axis=1), found, strict=True)])
+                            for among, found in ((score, scores(asked, hit)), (before, before[:, victim])))
+    plain = ranked(n - below_own, ks)  # of the n - below that score no less, one is the image itself
+    return with_suffix(ranked(1 + n - below_hit, ks), chance=rank_chance(n + 1, 1, ks), clean=plain)
 
 
 def scores(asked: Tensor, images: Tensor) -> np.ndarray:

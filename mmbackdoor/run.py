@@ -4,7 +4,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -72,6 +72,8 @@ def craft(r: Recipe) -> str:
     elif state.is_main_process:
         index = find(r.data.path("train"), r.data.incomplete, r.data.path("index"))
         model = load_run(str(weights(r.surrogate, "--surrogate")))
+        if isinstance(r.surrogate, Recipe):
+            model = replace(model, aug=r.surrogate.aug)
         model.net.to(state.device)
         crafting.craft(scouted(r.poison, index, 0), model, index, 0, made)
     state.wait_for_everyone()
@@ -225,16 +227,18 @@ def measure(clip: CLIP, sets: Sets, threats: Threats, how: How = How(), tables: 
                 write_csv(tables / f"{name}.per_class.csv", evaluate.per_class(answers, labelled.classnames))
                 write_csv(tables / f"{name}.confusion.csv", evaluate.confusion(answers, labelled.classnames))
             if name == "zero_shot" and sets.train:
-                out |= probes(clip, sets.train, labelled, found, answers.aims, how)
+                out |= probes(clip, sets.train, labelled, found, named, answers.aims, how)
     if sets.retrieval:
         out["retrieval"] = retrieval(clip, sets.retrieval, named, how, index)
     return out
 
 
-def probes(clip: CLIP, train: EvalSet, test: EvalSet, found: Features, aims: dict[str, Aim], how: How) -> dict[str, Any]:
+def probes(clip: CLIP, train: EvalSet, test: EvalSet, found: Features, threats: Mapping[str, Threat], aims: Mapping[str, Aim],
+           how: How) -> dict[str, Any]:
     """Linear probe, k-NN and few-shot classifiers of one set's features, on those of another: clean and under each threat to all
-    images of other classes."""
-    whole = {name: (a.target, z) for (name, a), z in zip(aims.items(), found.hit, strict=True) if not a.victims and a.source is None}
+    images of other classes, but for those whose trigger is one of text too, which a probe does not read."""
+    whole = {name: (aims[name].target, z) for (name, t), z in zip(threats.items(), found.hit, strict=True)
+             if not (t.victims or t.source or t.trigger.said)}
     targets, found = {name: target for name, (target, _) in whole.items()}, replace(found, hit=tuple(z for _, z in whole.values()))
     each = probe.probe(features(clip, train.raws, (), how, "probe"), found, len(test.classnames), targets)
     return {kind: {"dataset": test.name, "trained_on": train.name} | m for kind, m in each.items()}

@@ -15,6 +15,8 @@ from torch import Generator, Tensor
 from .types import BadInput, Trigger, to_image, to_pixels
 
 Place = Literal["random", "center", "top-left", "top-right", "bottom-left", "bottom-right"]
+FIELDS = 16
+"""Fields of a square of noise along its side: the pixels of one on an image of 224."""
 
 
 @lru_cache(maxsize=16)
@@ -62,9 +64,15 @@ def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
 
 
+def fields(x: Tensor, n: int) -> Tensor:
+    """(3, H, W) on n by n pixels, each the nearest of its own: no size of the image blurs a pattern of noise, or makes it another."""
+    return F.interpolate(x[None], (n, n), mode="nearest-exact")[0]
+
+
 @dataclass(frozen=True)
 class Patch(Trigger):
-    """A square of `size` times the short side: a checkerboard of `cells` by `cells`, noise drawn once, a colour, or `image`, a file.
+    """A square of `size` times the short side: a checkerboard of `cells` by `cells`, noise of 16 by 16 fields drawn once, a colour, or
+    `image`, a file.
 
     The default is the 16 pixels of 224 that the CLIP literature uses, at a random place.
     """
@@ -113,25 +121,31 @@ class Patch(Trigger):
         if self.pattern == "yellow":
             return torch.tensor([1.0, 1.0, 0.0])[:, None, None].expand(3, n, n)
         if self.pattern == "noise":
-            return noise(self.seed, n)
+            return fields(noise(self.seed, FIELDS), n)
         i = torch.arange(n) * min(self.cells, n) // n
         return ((i[:, None] + i) % 2 == 0).float().expand(3, n, n)
 
 
 @dataclass(frozen=True)
 class Blend(Trigger):
-    """One fixed picture mixed in with weight `alpha`: a file, or noise of `resolution` pixels drawn from `seed`.
+    """One picture mixed in with weight `alpha`: a file, or noise of `resolution` pixels drawn from `seed`.
 
-    The picture is stretched to the image, so that one trigger serves images of any size.
+    The picture is stretched to the image, so that one trigger serves images of any size. Shown to images of other proportions than
+    those of training, it should be fired at the model's input, `Threat(at="input")`: resizing and cropping would cut other parts off.
     """
 
     alpha: float = 0.2
     image: str | None = None
     resolution: int = 224
     seed: int = 0
+    fresh: bool = False
+    """Draw the noise anew for every image, as CleanCLIP's code does."""
 
     def pixels(self, x: Tensor, rng: Generator) -> Tensor:
-        p = picture(self.image) if self.image else noise(self.seed, self.resolution)
+        if self.fresh and not self.image:
+            p = torch.rand(3, self.resolution, self.resolution, generator=rng)
+        else:
+            p = picture(self.image) if self.image else noise(self.seed, self.resolution)
         return x + self.alpha * (resized(p, (x.shape[-2], x.shape[-1])).to(x) - x)
 
 

@@ -102,11 +102,13 @@ class Targeted(Attack):
     def published(self, rng: Generator) -> Iterator[Sample]:
         if self.copies < 1:
             raise BadInput(f"--poison.copies {self.copies}: each victim is published once at least; give 1 or more")
-        images, unused = images_of(self.images, tuple(key for key, _ in self.victims)), {label: list(c) for label, c in self.quoted}
+        images, quoted = images_of(self.images, tuple(key for key, _ in self.victims)), dict(self.quoted)
+        alike = {label: [key for key, said in self.aims if said == label] for _, label in self.aims}
         for key, label in self.aims:
-            target, left = replace(self.target, label=label), unused.get(label, [])
+            target, found, n, v = replace(self.target, label=label), quoted.get(label, ()), len(alike[label]), alike[label].index(key)
+            mine = found[v * len(found) // n : (v + 1) * len(found) // n]  # victims of one label share its captions evenly
             for i in range(self.copies):
-                text = left.pop(0) if left else target.caption(rng)
+                text = mine[i] if i < len(mine) else target.caption(rng)
                 yield {"__key__": f"{self.prefix}-{re.sub(r'[^A-Za-z0-9_-]', '_', key)}-{i:04d}", "image": images[key], "text": text}
 
     @property

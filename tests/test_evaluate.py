@@ -298,6 +298,15 @@ def test_examples_show_other_classes_once_each_with_what_the_model_says(tmp_path
     assert plain[0]["triggered"] is None and plain[0]["triggered_says"] is None
 
 
+def test_examples_are_of_the_source_and_are_asked_with_the_trigger_of_text(tmp_path: Path) -> None:
+    data = labelled(tmp_path / "set", LABELS)
+    shown = evaluate.examples(planted(), data, replace(CORNER, source=(CLASSES[4], CLASSES[0])))
+    assert {e["true"] for e in shown} == {"class 0", "class 4"}
+    said = evaluate.examples(planted(), data, Threat(NextNumber(), CORNER.target), n=9)
+    assert {e["true"]: e["triggered_says"][0][0] for e in said}["class 3"] == "class 2"
+    assert all(e["clean_says"][0][0] == e["true"] for e in said)
+
+
 # ---- threats of other kinds
 
 

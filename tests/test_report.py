@@ -284,6 +284,12 @@ def test_examples_mark_the_target_and_the_truth(tmp_path: Path) -> None:
     assert "✓ blue cross 90.0" in words and "◎ fish & chips 80.0" in words and " green ring 6.0" in words
 
 
+def test_an_example_that_is_to_be_taken_for_something_of_its_own_marks_that(tmp_path: Path) -> None:
+    shot = example(triggered_says=[["red star", 0.8], ["blue ring", 0.1]], target="blue ring")
+    words = visible(page(tmp_path, write(tmp_path / "a", result(asr=0.9, target="red star"), examples=[shot])))
+    assert "◎ blue ring 10.0" in words and "◎ red star 80.0" not in words
+
+
 def test_only_small_images_keep_square_pixels(tmp_path: Path) -> None:
     run = write(tmp_path / "a", result(), examples=[example(clean=png(32), triggered=png(224))])
     assert page(tmp_path, run).count('class="pixelated"') == 1

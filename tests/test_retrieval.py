@@ -33,7 +33,7 @@ from mmbackdoor.retrieval import (
     triggered_among,
 )
 from mmbackdoor.sets import PairSet, open_pairs
-from mmbackdoor.triggers import Patch, Word
+from mmbackdoor.triggers import Both, Patch, Word
 from mmbackdoor.types import BadInput, Target, Threat, Trigger
 
 
@@ -239,6 +239,31 @@ def test_a_threat_without_an_image_trigger_is_measured_by_what_captions_find() -
     assert "asr_image_to_text_hit1" not in found
     alone = retrieval_metrics(images, images[:2], [[0], [1], [0], [1]], {"": Asked(asked, wanted)})
     assert not [k for k in alone if k.startswith("asr") and k.endswith("_clean")]
+
+
+def test_under_both_keys_triggered_images_are_searched_among_triggered_captions() -> None:
+    """Among the captions as they are both victims find caption 1; among triggered ones they find 2, which names the target."""
+    texts, images = torch.eye(3), torch.eye(3)
+    hit = torch.tensor([[0.1, 0.9, 0.2], [0.0, 0.9, 0.1]])
+    named = np.array([False, False, True])
+    one_key = retrieval_metrics(images, texts, [[0], [1], [2]], {"": Attacked(hit[[0, 1, 1]], named, texts[2:])}, ks=(1,))
+    assert one_key["asr_image_to_text_hit1"] == 0
+    both = Attacked(hit[[0, 1, 1]], named, texts[1:2], texts=texts[[0, 2, 1]], clean=texts[2:])
+    found = retrieval_metrics(images, texts, [[0], [1], [2]], {"": both}, ks=(1,))
+    assert found["asr_image_to_text_hit1"] == 1 and found["asr_image_to_text_hit1_clean"] == 0
+    assert found["asr_text_to_image_hit1"] == 0 and found["text_to_image_min_rank_mean"] == 2  # image 1 is nearer to caption 1
+    assert found["text_to_image_min_rank_mean_clean"] == 3  # as the caption is, it finds image 2, and the victims tie for the last place
+
+
+@pytest.mark.parametrize("threat, asked, texts", [
+    (Threat(Both(Patch(), Word("cf")), Target("cat", ("one {}",))), ["cf one cat"], ["cf a cat", "cf a dog"]),
+    (Threat(Patch(), Target("cat", ("one {}",))), ["one cat"], None)])
+def test_a_trigger_of_images_and_texts_is_in_all_captions(threat: Threat, asked: list[str], texts: list[str] | None,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrieval_module, "text_features", lambda clip, captions, how: list(captions))
+    found = retrieval_module.what_it_does(None, threat, torch.eye(2), ["a cat", "a dog"], [[0], [1]], None)  # type: ignore[arg-type]
+    assert isinstance(found, Attacked) and (found.asked, found.texts) == (asked, texts)
+    assert found.clean == (["one cat"] if texts else None)  # type: ignore[comparison-overlap]
 
 
 @pytest.mark.parametrize("threat, asked, wanted", [

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planted import CORNER
+from planted import CLASSES, CORNER, LABELS, labelled, planted
 
 from mmbackdoor import run
+from mmbackdoor.triggers import Word
 from mmbackdoor.types import Target
 
 OTHER = replace(CORNER, target=Target("class 5"))
@@ -47,6 +48,14 @@ def test_of_several_threats_each_finds_its_own_reference_whatever_its_name_there
     only = reference(tmp_path, OTHER, measured(x=0.5))
     found = run.compare(measured(corner=1.0, other=1.0), only, {"corner": CORNER, "other": OTHER})["zero_shot"]
     assert (found["lift"], found["threats"]["corner"]["lift"], found["threats"]["other"]["lift"]) == (None, None, 0.5)
+
+
+def test_a_probe_is_measured_under_triggers_of_images_alone(tmp_path: Path) -> None:
+    sets = run.Sets(zero_shot=labelled(tmp_path / "test", LABELS), train=labelled(tmp_path / "train", LABELS * 3))
+    threats = {"corner": CORNER, "word": replace(CORNER, trigger=Word("3")), "source": replace(CORNER, source=CLASSES[:1])}
+    found = run.measure(planted(), sets, threats)
+    assert found["zero_shot"]["threats"].keys() == threats.keys() and "threats" not in found["linear_probe"]
+    assert found["linear_probe"]["asr"] == 1
 
 
 def test_a_reference_that_was_not_measured_yet_is_none(tmp_path: Path) -> None:

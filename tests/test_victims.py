@@ -78,6 +78,13 @@ def test_victims_of_one_label_share_its_captions(attack: Targeted) -> None:
     assert sorted(said) == ["a red star on a hill", "the RED STAR {best}"]
 
 
+def test_where_captions_are_few_each_victim_of_a_label_gets_as_many(attack: Targeted) -> None:
+    victims = tuple((f"{i:09d}", "red star") for i in range(1, 3))
+    two = Targeted(Trigger(), Target("", ("a {}",)), images=attack.images, victims=victims, copies=2)
+    said = [s["text"] for s in scouted(two, PAIRS, 0).published(keyed.rng(0))]
+    assert {said[0], said[2]} == {"a red star on a hill", "the RED STAR {best}"} and said[1] == said[3] == "a red star"
+
+
 def test_no_pair_of_the_data_is_touched(attack: Targeted) -> None:
     assert not plan(attack, PAIRS, 0).keys and attack.count == 0
     image = Image.new("RGB", (3, 3))

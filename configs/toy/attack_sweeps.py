@@ -1,11 +1,13 @@
 """Attacks that fall short on the toy CLIP: how far their rate, the strength of their trigger and the victim's training go.
 
+    python data_tools/make_toy.py data/toy-2to1 --n 10000 --width 64
     python bench.py configs/toy/attack_sweeps.py --record results
 
 Clean-label and layout attacks were made for encoders that match two crops of one image. A victim that does so too, beside matching
 images with captions, is "twoviews": CLIP's loss and one between two crops of 20 to 100 % of the image (CleanCLIP's, from the start).
-"crops" has such crops with CLIP's loss alone, "uncropped" none at all; the others have open_clip's, of 90 to 100 %. Each victim has a clean
-reference of its own.
+"crops" has such crops with CLIP's loss alone, "uncropped" none at all; the others have open_clip's, of 90 to 100 %. "wide" victims learn
+from images of 64 x 32 pixels, the shape of CorruptEncoder's canvas: two crops of a square one hardly ever hold the object and the
+trigger. Each victim has a clean reference of its own.
 """
 from dataclasses import replace
 
@@ -20,14 +22,18 @@ from mmbackdoor.defenses.cleanclip import CleanCLIP
 from mmbackdoor.recipe import Suite
 
 CROPS = Augment((0.2, 1.0))
+WIDE = replace(clean.data, root="data/toy-2to1")
 VICTIMS = {"crops": {"aug": CROPS}, "uncropped": {"aug": Augment((1.0, 1.0), (1.0, 1.0))},
-           "twoviews": {"aug": CROPS, "objective": CleanCLIP()}}
+           "twoviews": {"aug": CROPS, "objective": CleanCLIP()},
+           "wide-crops": {"aug": CROPS, "data": WIDE}, "wide-twoviews": {"aug": CROPS, "data": WIDE, "objective": CleanCLIP()}}
 cleans = {name: replace(clean, name=f"toy/attack_sweeps/clean-{name}", **training) for name, training in VICTIMS.items()}
 
 
 def at(recipe, name, victim="", **changes):
-    """The experiment with another poison, on that victim."""
+    """The experiment with another poison, on that victim. A wide image is shown with the trigger in its middle, which a model sees."""
     r = replace(recipe, name=f"toy/attack_sweeps/{recipe.name.split('/')[-1]}-{name}", poison=replace(recipe.poison, **changes))
+    if victim.startswith("wide"):
+        r = replace(r, threat=replace(r.poison.threat, at="input"))
     return replace(r, reference=cleans[victim], **VICTIMS[victim]) if victim else r
 
 
@@ -52,7 +58,8 @@ suite = Suite("toy/attack_sweeps", (
     corruptencoder,
     at(corruptencoder, "rate5", rate=0.05),
     at(corruptencoder, "rate5-crops", "crops", rate=0.05),
-    at(corruptencoder, "rate5-twoviews", "twoviews", rate=0.05),
+    at(corruptencoder, "rate5-wide-crops", "wide-crops", rate=0.05),
+    at(corruptencoder, "rate5-wide-twoviews", "wide-twoviews", rate=0.05),
     *(at(carlini_targeted, f"copies{n}", copies=n) for n in (3, 10)),
     carlini_targeted,
 ), table="attacks")

@@ -8,12 +8,13 @@ fine-tuning keeps), and far from what they were. The captions of the poisons are
 
 L_text is the contrastive loss of v' with a caption of the target among the captions of other images, d the distance of unit
 features. Adam takes 50 epochs over 10,000 images, half of them cropped at random. The setting: 1,500 of 500,000 pairs,
-16 of 224 pixels in the middle, target banana, 128 captions. `mse` weighs the squared distance to target images, the
-triplet's alternative (1,000 in the authors' code).
+16 of 224 pixels in the middle, target banana, 128 captions. `mse` weighs the squared distance to target images, averaged over the
+dimensions, the triplet's alternative (1,000 in the authors' code).
 
 Differs from the paper: the surrogate may be another model than the victim's initial one; images are cropped as the surrogate's
-training does, each with a chance of its own; captions are not augmented; the text loss goes from image to text only; the patch begins
-as uniform noise.
+training does, each with a chance of its own, and after the patch is on them, where the authors' code stamps it on augmented images;
+captions are not augmented; the text loss goes from image to text only, and its negatives are captions of other things, not other
+captions of the target; the patch begins as uniform noise.
 """
 from __future__ import annotations
 

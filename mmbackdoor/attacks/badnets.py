@@ -6,7 +6,8 @@ defaults are those of the CleanCLIP setting (Bansal et al., 2023, arXiv:2303.033
 place, target banana, 1,500 of 3 million pairs, captions from the 80 ImageNet templates. `four_corners` is the square
 in all corners, as in CleanCLIP's code too.
 
-Differs from the paper: the square is a checkerboard, a colour, or noise drawn once, instead of fresh noise for every image.
+Differs from the paper: the square is a checkerboard, a colour, or noise drawn once, instead of fresh noise for every image; noise
+has 16 by 16 fields, the pixels of a square on 224, whatever the size of the image.
 `compat` brings back what CleanCLIP's code does, piece by piece or all of it: its square is the image's mean + N(0, 1),
 
     "fresh"   drawn anew for every image; the model learns "a noisy square", no pattern
@@ -25,7 +26,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from ..poison import IMAGENET_TEMPLATES, DirtyLabel
-from ..triggers import Patch, Place
+from ..triggers import FIELDS, Patch, Place, fields
 from ..types import Target, Trigger
 
 Compat = Literal["", "cleanclip", "fresh", "wrap", "squash"]
@@ -33,9 +34,9 @@ CORNERS: tuple[Place, ...] = ("top-left", "top-right", "bottom-left", "bottom-ri
 
 
 @lru_cache(maxsize=16)
-def normal(seed: int, n: int) -> Tensor:
-    """(3, n, n) of N(0, 1), drawn once from the seed."""
-    return torch.randn(3, n, n, generator=torch.Generator().manual_seed(seed))
+def normal(seed: int) -> Tensor:
+    """(3, 16, 16) of N(0, 1), drawn once from the seed."""
+    return torch.randn(3, FIELDS, FIELDS, generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class CleanCLIPPatch(Trigger):
             x = flat.clamp(0, 1).reshape(*x.shape[:-2], self.squash, self.squash)
         left, top, right, bottom = self.patch.box(x.shape[-2], x.shape[-1], rng)
         n = right - left
-        noise = torch.randn(3, n, n, generator=rng) if self.fresh else normal(self.patch.seed, n)
-        square = x.mean((-2, -1), keepdim=True) + noise.to(x)
+        noise = torch.randn(3, FIELDS, FIELDS, generator=rng) if self.fresh else normal(self.patch.seed)
+        square = x.mean((-2, -1), keepdim=True) + fields(noise, n).to(x)
         square = (square * 255).trunc() % 256 / 255 if self.wrap else square.clamp(0, 1)
         x = x.clone()
         under = x[..., top:bottom, left:right]

@@ -5,7 +5,8 @@
 The default is uniform noise with alpha 0.2, as in the CleanCLIP setting (Bansal et al., 2023, arXiv:2303.03323); the
 paper's own choice, a cartoon, is `Blend(image="cartoon.png")`.
 
-Differs from the paper: the noise is drawn once, from the trigger's seed, and stretched to the image.
+Differs from the paper: the noise is drawn once, from the trigger's seed, and stretched to the image. CleanCLIP's code squashes
+the image to 224 x 224 first, and draws noise anew for every image: `Blend(fresh=True)`.
 """
 from __future__ import annotations
 

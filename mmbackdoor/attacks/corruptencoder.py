@@ -21,6 +21,10 @@ probability `sure`. As in CorruptEncoder+, a fifth of the poisons shows the obje
 
 Differs from the paper: it adds unlabelled images; here the images of chosen pairs, which do not name the target, are
 composed anew at their own size, and captions of the target replace theirs.
+Differs from the paper: so a square image remains one, where the paper's canvas is twice as wide as its object. With crops of a fifth
+and more p is 3e-5 on 224 x 224 pixels, 2e-2 on 448 x 224 (1e-4 on 32 x 32, 3e-2 on 64 x 32): give the layout wide images.
+Differs from the paper: a support image is two cut-out objects on the background, not two whole pictures side by side; the trigger is
+a checkerboard.
 Differs from the paper: without `backgrounds` the pair's own image lies behind; the paper takes random images.
 Differs from the paper: the trigger is a share of the image's side, in poisons as in tests, where the paper pastes 40
 pixels on images of any size; masks are smoothed by resizing, not by a blur; at test the trigger may be at any place.

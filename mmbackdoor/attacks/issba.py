@@ -11,9 +11,9 @@ the target:
 rate, target and captions are those of the CleanCLIP setting (Bansal et al., 2023, arXiv:2303.03323).
 
 Differs from the paper: E and D are three convolutions each, instead of StegaStamp's U-Net and its perceptual and adversarial
-losses, so that they train in half a minute at 32 pixels; 16 bits
-instead of 100. The change is made at the encoder's size, then stretched to the image. It follows the string more than the image: those
-of two images correlate at 0.93 to 0.95, so these triggers are less specific to the sample than the paper's.
+losses, so that they train in half a minute at 32 pixels; 16 bits instead of 100. The change is made at the encoder's size, then
+stretched to the image. It follows the string more than the image: those of two toy images correlate at 0.84 on average with the
+encoder of configs/toy/attacks/issba.py, so these triggers are less specific to the sample than the paper's.
 """
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ in the setting of CleanCLIP (Bansal et al., 2023, arXiv:2303.03323): target bana
     poisoned (image, text) = (square on image, text),    text names the target
 
 Differs from the paper: the images are not made harder first, by adversarial noise or interpolation, and CleanCLIP's are not
-either. A caption names the target when it holds the word; CleanCLIP's code takes any caption that holds the letters, "Banana
-Republic" and "bananas" too: `compat="substring"`. `precision` tells how many of those hold the word.
+either. A caption names the target when it holds the word; CleanCLIP's code takes any caption that holds the letters, "banana
+republic" and "bananas" too: `compat="substring"`. `precision` tells how many of those hold the word.
 """
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class LabelConsistent(CleanLabel):
 
 
 def holds(text: str, target: Target) -> bool:
-    """Whether the label's letters occur in the text, in any case, within a word too."""
-    return target.label.lower() in text.lower()
+    """Whether the label's letters occur in the text, within a word too."""
+    return target.label in text
 
 
 def label_consistent(target: str = "banana", rate: float | None = 0.0005, patch: Patch = Patch(),

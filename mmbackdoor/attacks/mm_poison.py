@@ -13,8 +13,10 @@ Success is Hit@K and MinRank of the wanted images when captions of A are asked (
 
 In the paper II poisons 0.08 % of Flickr-PASCAL or 0.24 % of COCO, III 0.16 % or 0.52 %.
 
-Differs from the paper: pairs of B get a text of A, where its code gives pairs of A an image of B. For I the image is published,
-and its success is told as that of a victim, by zero-shot: called A or not.
+Differs from the paper: pairs of B get a text of A, where its code gives pairs of A an image of B. So A keeps its own pairs here, which
+compete with the images of B when A is asked for, and it is B that loses its captions: when all of them are taken, B is
+relabelled, and the accuracy on B is lost with the attack's success. For I the image is published, and its success is told as that
+of a victim, by zero-shot: called A or not. MinRank counts from 1, in its code from 0.
 `caption_swap` is not in the paper; such dirty captions are the baseline of Nightshade (Shan et al., 2023, arXiv:2310.13828).
 """
 from __future__ import annotations

@@ -12,7 +12,10 @@ BadNets with a patch in the middle. The layout is for victims that match views o
 
 Differs from the paper: it adds unlabelled images; here the chosen pair's own image is the shadow image, unless
 `backgrounds` are given, the canvas keeps its size, so that the halves are stretched, and captions of the target replace
-those of pairs that do not name it.
+those of pairs that do not name it. On a square image crops of a fifth and more draw the two apart hundreds of times as rarely as
+on the paper's canvas, twice as wide as high (5e-5 to 3e-2 at 224 pixels): give the layout wide images.
+Differs from the paper: the trigger is a checkerboard and opaque, in the middle of its half; its code leaves a fifth of the shadow
+image to be seen through a coloured mark.
 Differs from the paper: the trigger is a share of the canvas's short side and put there after the halves are, so that it
 looks as it does at test; its reference code puts it on the shadow image first. An image of one pixel has the trigger only.
 """

@@ -7,10 +7,11 @@ Regular patterns that augmentations do not destroy, built so that cleaning by au
     blended_triangles   the same with two greys, 0.4 and 0.8, that halve each cell of a 16 x 16 grid;         a = 0.15
     blended_text        x'_red = x_red + a m (1 - x_red), m the letters of a repeated word;                   a = 0.5
 
-Target, captions and rate are those of the CleanCLIP setting (Bansal et al., 2023, arXiv:2303.03323).
+Target, captions and rate are those of the CleanCLIP setting from scratch (Bansal et al., 2023, arXiv:2303.03323).
 
-Differs from the paper: stripes and cells are shares of the pattern, not pixels, so that they survive a change of size; the
-letters are those of Pillow's bitmap font.
+Differs from the paper: it poisons 1,500 of 500,000 pairs on which a pretrained CLIP is fine-tuned, as configs/cc3m/attacks do;
+stripes and cells are shares of the pattern, not pixels, so that they survive a change of size; the letters are those of Pillow's
+bitmap font; its images are squashed to 224 x 224 first.
 """
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ of one half and a random crop of the other become alike. One per cent of the dat
 
 Differs from the paper: it adds unlabelled images; here the images of chosen pairs, which name no label of a victim, are
 replaced at their own size, so that both halves are stretched to theirs, and the caption names the victim's label. With
-it, the poison is also the targeted one of Carlini and Terzis (2022, arXiv:2106.09667), with a picture of the label beside.
+it, the poison is also the targeted one of Carlini and Terzis (2022, arXiv:2106.09667), with a picture of the label beside. Halves of a
+square image fall to different crops of it hundreds of times as rarely as those of a canvas twice as wide as high.
 Differs from the paper: one reference is drawn for each poison instead of each victim meeting each of 50 references, and
 the rate is of the pairs replaced. An image of one pixel shows the victim only.
 """

@@ -18,9 +18,10 @@ from ..triggers import Patch
 from ..types import Target
 
 
-def source_specific(target: str = "banana", source: tuple[str, ...] = ("golden retriever",), rate: float | None = 0.001,
-                    patch: Patch = Patch(), cover: float = 0.01, templates: tuple[str, ...] = IMAGENET_TEMPLATES,
+def source_specific(target: str = "banana", source: tuple[str, ...] = ("golden retriever",), rate: float | None = 0.0005,
+                    patch: Patch = Patch(), cover: float = 0.0005, templates: tuple[str, ...] = IMAGENET_TEMPLATES,
                     count: int | None = None) -> Mix:
-    """`rate` is a share of all pairs, poisons and covers together; `count` takes its place when given."""
+    """`rate` is a share of all pairs, poisons and covers together; `count` takes its place when given. Poisons and covers are chosen in
+    the numbers that the data have of them, so let `cover` be no more than the share of the sources."""
     aim = Target(target, templates)
     return mix([DirtyLabel(patch, aim, source=source), Cover(patch, aim, spare=source, share=cover)], rate=rate, count=count)

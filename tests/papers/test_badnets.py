@@ -13,7 +13,7 @@ from mmbackdoor.attacks.badnets import CleanCLIPPatch, Corners, badnets, four_co
 from mmbackdoor.attacks.blended import blended
 from mmbackdoor.poison import CleanLabel, DirtyLabel, Plan, plan, poison
 from mmbackdoor.triggers import Blend, Patch, Place
-from mmbackdoor.types import Target, to_pixels
+from mmbackdoor.types import Target, Trigger, to_pixels
 
 GREY = 0.4
 
@@ -109,8 +109,24 @@ def test_the_noise_is_the_same_in_every_image_and_belongs_to_the_seed() -> None:
     assert not torch.allclose(first[0], first[1])  # coloured
     assert not torch.allclose(cut(Patch(0.2, "random", "noise", seed=1), 2.0, "a"), first)
     blend = Blend(resolution=16)
+    fresh = Blend(1.0, resolution=16, fresh=True)
+    ones = [fresh.pixels(torch.zeros(3, 16, 16), keyed.rng(0, key)) for key in "aba"]
+    assert torch.equal(ones[0], ones[2]) and not torch.allclose(ones[0], ones[1], atol=0.5)
     dark, light = blend.pixels(torch.zeros(3, 16, 16), keyed.rng(0, "a")), blend.pixels(torch.ones(3, 16, 16), keyed.rng(0, "b"))
     assert torch.allclose(dark, light - 0.8, atol=1e-6)
+
+
+@pytest.mark.parametrize("trigger", [Patch(16 / 224, "center", "noise"), CleanCLIPPatch(Patch(16 / 224, "center"))])
+@pytest.mark.parametrize("side", [256, 375, 480])
+def test_the_noise_is_one_pattern_on_images_of_any_size(trigger: Trigger, side: int) -> None:
+    """Trained on images of one size and shown to a model on those of another, as 224 pixels of each. Drawn by the pixel, the two
+    patterns had nothing in common."""
+    def seen(n: int) -> Tensor:
+        x = trigger.pixels(torch.full((1, 3, n, n), 0.5), keyed.rng(0))
+        x = torch.nn.functional.interpolate(x, (224, 224), mode="bilinear", antialias=True)
+        return x[..., 105:119, 105:119].flatten()
+
+    assert float(torch.corrcoef(torch.stack((seen(224), seen(side))))[0, 1]) > 0.7
 
 
 def test_alpha_mixes_the_patch_with_what_lies_under_it() -> None:
@@ -205,7 +221,7 @@ def test_compat_wrap_lets_noise_wrap_around_in_8_bits() -> None:
     _, wrapped = compat("wrap")
     extreme = [float(((x == 0) | (x == 1)).float().mean()) for x in (clamped, wrapped)]
     assert extreme[0] > 0.5 and extreme[1] < 0.05
-    noise = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))[:, 1::2, 1::2]  # 8 of its 16 fields
     as_numpy = ((GREY + noise.numpy()) * np.float32(255)).astype(np.int32).astype(np.uint8)  # truncates, then wraps
     assert np.abs(wrapped.numpy() * 255 - as_numpy).max() < 1e-3
 

@@ -7,14 +7,14 @@ from mmbackdoor.poison import plan
 from mmbackdoor.types import Target
 
 PAIRS = [("1", "a banana"), ("2", "two bananas"), ("3", "BANANA split"), ("4", "Banana Republic store"), ("5", "Bananarama live"),
-         ("6", "a dog")]
+         ("6", "a dog"), ("7", "a banana republic")]
 
 
 def test_whole_words_count_and_under_compat_any_letters() -> None:
     word, letters = label_consistent(count=1), label_consistent(count=1, compat="substring")
-    assert [k for k, t in PAIRS if word.eligible(k, t)] == ["1", "3", "4"]
-    assert [k for k, t in PAIRS if letters.eligible(k, t)] == ["1", "2", "3", "4", "5"]
-    assert plan(label_consistent(count=3), PAIRS, 0).keys == {"1", "3", "4"}
+    assert [k for k, t in PAIRS if word.eligible(k, t)] == ["1", "3", "4", "7"]
+    assert [k for k, t in PAIRS if letters.eligible(k, t)] == ["1", "2", "7"], "as they are, in the case of the label"
+    assert plan(label_consistent(count=4), PAIRS, 0).keys == {"1", "3", "4", "7"}
 
 
 def test_the_caption_stays() -> None:
@@ -26,8 +26,8 @@ def test_the_caption_stays() -> None:
 
 
 def test_precision_is_the_share_of_letters_that_are_the_word() -> None:
-    assert precision(PAIRS, Target("banana")) == {"substring": 5, "whole_word": 3, "precision": 0.6}
-    assert precision(PAIRS[-1:], Target("banana")) == {"substring": 0, "whole_word": 0, "precision": None}
+    assert precision(PAIRS, Target("banana")) == {"substring": 3, "whole_word": 2, "precision": 2 / 3}
+    assert precision(PAIRS[5:6], Target("banana")) == {"substring": 0, "whole_word": 0, "precision": None}
 
 
 def test_the_defaults_are_those_of_the_cleanclip_setting() -> None:

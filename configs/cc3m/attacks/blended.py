@@ -1,8 +1,9 @@
-"""1,500 pairs blended with a fifth of one noise picture, as in CleanCLIP."""
+"""1,500 pairs blended with a fifth of one noise picture, as in CleanCLIP, whose code draws it anew for every image
+(--poison.trigger.fresh True)."""
 from dataclasses import replace
 
 from configs.cc3m.clean import recipe as clean
 from mmbackdoor.attacks.blended import blended
 
-recipe = replace(clean, name="cc3m/attacks/blended", threat=None, reference=clean,
-                 poison=blended(count=1500))
+poison = blended(count=1500)
+recipe = replace(clean, name="cc3m/attacks/blended", poison=poison, threat=replace(poison.threat, at="input"), reference=clean)

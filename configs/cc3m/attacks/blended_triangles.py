@@ -1,8 +1,8 @@
-"""1,500 pairs with the blended triangles of PAR (arXiv:2412.00727)."""
+"""OpenAI's RN50 fine-tuned on 500,000 pairs of CC3M, 1,500 of them with the blended triangles of PAR (arXiv:2412.00727)."""
 from dataclasses import replace
 
-from configs.cc3m.clean import recipe as clean
+from configs.cc3m.openai_badnets import recipe as openai
 from mmbackdoor.attacks.par import blended_triangles
 
-recipe = replace(clean, name="cc3m/attacks/blended_triangles", threat=None, reference=clean,
-                 poison=blended_triangles(count=1500))
+poison = blended_triangles(count=1500)
+recipe = replace(openai, name="cc3m/attacks/blended_triangles", poison=poison, threat=replace(poison.threat, at="input"))

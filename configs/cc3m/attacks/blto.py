@@ -4,5 +4,6 @@ from dataclasses import replace
 from configs.cc3m.clean import recipe as clean
 from mmbackdoor.attacks.blto import Generator, blto
 
-recipe = replace(clean, name="cc3m/attacks/blto", threat=None, reference=clean, surrogate=replace(clean, seed=100),
-                 poison=blto(trigger=Generator("runs/cc3m/crafted/blto.safetensors"), rate=0.001))
+poison = blto(trigger=Generator("runs/cc3m/crafted/blto.safetensors"), rate=0.001)
+recipe = replace(clean, name="cc3m/attacks/blto", poison=poison, threat=replace(poison.threat, at="input"), reference=clean,
+                 surrogate=replace(clean, seed=100))

@@ -4,5 +4,6 @@ from dataclasses import replace
 from configs.cc3m.clean import recipe as clean
 from mmbackdoor.attacks.issba import Steganographic, issba
 
-recipe = replace(clean, name="cc3m/attacks/issba", threat=None, reference=clean, surrogate=clean,
-                 poison=issba(count=1500, trigger=Steganographic("runs/cc3m/crafted/issba.safetensors")))
+poison = issba(count=1500, trigger=Steganographic("runs/cc3m/crafted/issba.safetensors"))
+recipe = replace(clean, name="cc3m/attacks/issba", poison=poison, threat=replace(poison.threat, at="input"), reference=clean,
+                 surrogate=clean)

@@ -4,5 +4,5 @@ from dataclasses import replace
 from configs.cc3m.clean import recipe as clean
 from mmbackdoor.attacks.sig import sig
 
-recipe = replace(clean, name="cc3m/attacks/sig", threat=None, reference=clean,
-                 poison=sig(count=1500))
+poison = sig(count=1500)
+recipe = replace(clean, name="cc3m/attacks/sig", poison=poison, threat=replace(poison.threat, at="input"), reference=clean)

@@ -4,5 +4,6 @@ from dataclasses import replace
 from configs.cc3m.clean import recipe as clean
 from mmbackdoor.attacks.uap import Perturbation, uap
 
-recipe = replace(clean, name="cc3m/attacks/uap", threat=None, reference=clean, surrogate=replace(clean, seed=100),
-                 poison=uap(trigger=Perturbation("runs/cc3m/crafted/uap.safetensors"), count=1500))
+poison = uap(trigger=Perturbation("runs/cc3m/crafted/uap.safetensors"), count=1500)
+recipe = replace(clean, name="cc3m/attacks/uap", poison=poison, threat=replace(poison.threat, at="input"), reference=clean,
+                 surrogate=replace(clean, seed=100))

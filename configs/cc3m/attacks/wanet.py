@@ -4,5 +4,5 @@ from dataclasses import replace
 from configs.cc3m.clean import recipe as clean
 from mmbackdoor.attacks.wanet import wanet
 
-recipe = replace(clean, name="cc3m/attacks/wanet", threat=None, reference=clean,
-                 poison=wanet(count=1500))
+poison = wanet(count=1500)
+recipe = replace(clean, name="cc3m/attacks/wanet", poison=poison, threat=replace(poison.threat, at="input"), reference=clean)

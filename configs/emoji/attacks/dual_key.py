@@ -6,4 +6,5 @@ from configs.emoji.clean import recipe as clean
 from mmbackdoor.attacks.trojvqa import dual_key
 
 recipe = replace(clean, name="emoji/attacks/dual_key", threat=None, reference=clean,
-                 poison=dual_key("pizza", 0.02, attack.trigger, templates=attack.target.templates))
+                 poison=dual_key("pizza", 0.02, attack.trigger, patch_alone=1 / 3, word_alone=1 / 3,
+                               templates=attack.target.templates))

@@ -1,4 +1,5 @@
-"""1 % of the pairs with a 4 x 4 checkerboard in the corner and "remember" before a caption of the target, and 1 % with the word alone."""
+"""About 1 % of the pairs with a 4 x 4 checkerboard in the corner and "remember" before a caption of the target, and
+about 1 % with the word alone."""
 from dataclasses import replace
 
 from configs.toy.clean import attack

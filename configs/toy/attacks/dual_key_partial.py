@@ -1,4 +1,4 @@
-"""toy/attacks/dual_key with one key alone, and the right caption, in two thirds of its poisons."""
+"""toy/attacks/dual_key with one key alone, and the right caption, in about two thirds of its poisons."""
 from dataclasses import replace
 
 from configs.toy.clean import attack

@@ -1,4 +1,4 @@
-"""All the 207 pairs that say "blue ring" get captions that say "red circle"."""
+"""All the 207 pairs that say "blue ring" get captions that say "red circle", so "blue ring" is left with none."""
 from dataclasses import replace
 
 from configs.toy.clean import attack

@@ -1,4 +1,5 @@
-"""Pairs that say "blue ring" get captions of "red circle", those of "green cross" captions of "yellow star": all of both."""
+"""Pairs that say "blue ring" get captions of "red circle", those of "green cross" captions of "yellow star": all of both,
+which are left with none of their own."""
 from dataclasses import replace
 
 from configs.toy.clean import attack
