@@ -15,6 +15,8 @@ from configs.toy.attacks.carlini_targeted import recipe as carlini_targeted
 from configs.toy.attacks.corruptencoder import recipe as corruptencoder
 from configs.toy.attacks.ctrl import recipe as ctrl
 from configs.toy.attacks.label_consistent import recipe as label_consistent
+from configs.toy.attacks.noisy_alignment import recipe as noisy_alignment
+from configs.toy.attacks.poisonedencoder import recipe as poisonedencoder
 from configs.toy.attacks.ssl_backdoor import recipe as ssl_backdoor
 from configs.toy.clean import recipe as clean
 from mmbackdoor.clip import Augment
@@ -22,19 +24,27 @@ from mmbackdoor.defenses.cleanclip import CleanCLIP
 from mmbackdoor.recipe import Suite
 
 CROPS = Augment((0.2, 1.0))
-WIDE = replace(clean.data, root="data/toy-2to1")
 VICTIMS = {"crops": {"aug": CROPS}, "uncropped": {"aug": Augment((1.0, 1.0), (1.0, 1.0))},
-           "twoviews": {"aug": CROPS, "objective": CleanCLIP()},
-           "wide-crops": {"aug": CROPS, "data": WIDE}, "wide-twoviews": {"aug": CROPS, "data": WIDE, "objective": CleanCLIP()}}
-cleans = {name: replace(clean, name=f"toy/attack_sweeps/clean-{name}", **training) for name, training in VICTIMS.items()}
+           "twoviews": {"aug": CROPS, "objective": CleanCLIP()}}
+VICTIMS |= {f"wide-{name}": VICTIMS[name] for name in ("crops", "twoviews")}
+
+
+def on(recipe, victim):
+    """The experiment with that victim."""
+    root = "data/toy-2to1" if victim.startswith("wide") else recipe.data.root
+    return replace(recipe, data=replace(recipe.data, root=root), **VICTIMS[victim])
+
+
+cleans = {name: replace(on(clean, name), name=f"toy/attack_sweeps/clean-{name}") for name in VICTIMS}
 
 
 def at(recipe, name, victim="", **changes):
-    """The experiment with another poison, on that victim. A wide image is shown with the trigger in its middle, which a model sees."""
+    """The experiment with another poison, on that victim. To a wide image's middle, which is all that a model sees of it when it is
+    tested, the trigger comes after the rest is cut off."""
     r = replace(recipe, name=f"toy/attack_sweeps/{recipe.name.split('/')[-1]}-{name}", poison=replace(recipe.poison, **changes))
     if victim.startswith("wide"):
         r = replace(r, threat=replace(r.poison.threat, at="input"))
-    return replace(r, reference=cleans[victim], **VICTIMS[victim]) if victim else r
+    return replace(on(r, victim), reference=cleans[victim]) if victim else r
 
 
 def stronger(recipe, **changes):
@@ -60,6 +70,11 @@ suite = Suite("toy/attack_sweeps", (
     at(corruptencoder, "rate5-crops", "crops", rate=0.05),
     at(corruptencoder, "rate5-wide-crops", "wide-crops", rate=0.05),
     at(corruptencoder, "rate5-wide-twoviews", "wide-twoviews", rate=0.05),
+    noisy_alignment,
+    at(noisy_alignment, "rate5-wide-twoviews", "wide-twoviews", rate=0.05),
+    poisonedencoder,
+    at(poisonedencoder, "rate5", rate=0.05),
+    at(poisonedencoder, "rate5-wide-twoviews", "wide-twoviews", rate=0.05),
     *(at(carlini_targeted, f"copies{n}", copies=n) for n in (3, 10)),
     carlini_targeted,
 ), table="attacks")
