@@ -12,7 +12,7 @@ from configs.toy.clean import recipe as clean
 from configs.toy.cleanclip import recipe as cleanclip
 from mmbackdoor.recipe import Suite
 
-RATES = (2.5e-4, 1e-3, 4e-3, 1.6e-2)
+RATES = (6.25e-5, 2.5e-4, 1e-3, 4e-3, 1.6e-2)
 
 
 def cleaned(victim, lr):
