@@ -28,7 +28,7 @@ lint: install
 	$(BIN)/mypy
 
 bench: install data/toy
-	$(BIN)/python bench.py configs/toy/results.py --seeds 0 1 2 --record results
+	$(BIN)/python bench.py configs/toy/results.py --seeds 0 1 2
 
 clean:
 	rm -rf data/toy runs

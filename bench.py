@@ -3,8 +3,8 @@
     python bench.py configs/toy/demo.py
     python bench.py configs/toy/results.py --seeds 0 1 2 --record results
 
-A run whose results exist for the same recipe is skipped, in the folder of records too, unless another run starts from its weights; one
-that was interrupted goes on where it stopped.
+A run whose results exist for the same recipe is skipped, in the folder of records too, unless a run that is missing needs its weights;
+one that was interrupted goes on where it stopped.
 1 load the suite   2 train what is missing, record it   3 table and report
 """
 import shutil
@@ -15,7 +15,19 @@ import tyro
 
 from eval import main as measure
 from mmbackdoor import recipe, report, run, stores
+from mmbackdoor.clip import weights_in
 from train import train
+
+
+def with_weights(waiting: list[recipe.Recipe]) -> set[Path]:
+    """Directories of the runs whose weights must be there before these can run."""
+    needed: set[Path] = set()
+    while waiting:
+        r = waiting.pop()
+        others = [o for o in (r.init, r.reference, r.surrogate) if isinstance(o, recipe.Recipe) and o.directory not in needed]
+        needed |= {o.directory for o in others}
+        waiting += [o for o in others if not weights_in(o.directory)]
+    return needed
 
 
 def main(config: tyro.conf.Positional[str], seeds: tuple[int, ...] = (0,), record: str = "", overwrite: bool = False,
@@ -25,19 +37,20 @@ def main(config: tyro.conf.Positional[str], seeds: tuple[int, ...] = (0,), recor
     Args:
         config: Python file that defines a `suite`.
         seeds: Each recipe is run under each of them.
-        record: Folder to copy each result to when it is there, as NAME-seedN.json. What it holds already is not run again.
+        record: Folder to copy each result to when it is there, as NAME-seedN.json. What it holds already is not run again, but for its
+            weights where another run needs them, and is written anew only with --again.
         again: Measure finished runs again, without training them.
         overwrite: Remove runs of the same name that were made by another recipe.
     """
     suite = recipe.load_suite(config)  # 1
     runs = suite.runs(seeds)
-    started_from = {other.directory for r in runs for other in (r.init, r.reference, r.surrogate) if isinstance(other, recipe.Recipe)}
+    kept = {r.directory: Path(record) / f"{r.name}-seed{r.seed}.json" for r in runs}
+    needed = with_weights([r for r in runs if not (run.done(r) or record and not again and run.recorded(kept[r.directory], r))])
     first = run.processes().is_main_process
     for i, r in enumerate(runs, 1):  # 2
-        kept = Path(record) / f"{r.name}-seed{r.seed}.json"
-        if record and not run.done(r) and r.directory not in started_from and not again:
-            run.take(kept, r)
-        if run.done(r):
+        if record and not again and not run.done(r) and r.directory not in needed:
+            run.take(kept[r.directory], r)
+        if run.done(r) and (r.directory not in needed or weights_in(r.directory)):
             print(f"[{i}/{len(runs)}] {r.directory}: done already", flush=True)
             if again:
                 measure(str(r.directory))
@@ -46,8 +59,8 @@ def main(config: tyro.conf.Positional[str], seeds: tuple[int, ...] = (0,), recor
             if overwrite and not run.begun(r) and first:
                 shutil.rmtree(r.directory, ignore_errors=True)
             train(replace(r, resume="latest"))
-        if record and first:
-            stores.write_json(kept, run.read_results(r.directory))
+        if record and first and (again or not run.recorded(kept[r.directory], r)):
+            stores.write_json(kept[r.directory], run.read_results(r.directory))
     if not first:
         return
     found = {r.directory: run.read_results(r.directory) for r in runs}  # 3

@@ -314,10 +314,15 @@ def done(r: Recipe) -> bool:
     return (r.directory / "results.json").is_file() and read_results(r.directory)["recipe_hash"] == recipe_hash(r)
 
 
+def recorded(path: Path, r: Recipe) -> bool:
+    """Whether the file is a result of just this recipe."""
+    return path.is_file() and stores.read_json(path).get("recipe_hash") == recipe_hash(r)
+
+
 def take(path: Path, r: Recipe) -> None:
     """Takes a recorded result for the run's, if it is of just this recipe."""
-    if path.is_file() and (found := stores.read_json(path)).get("recipe_hash") == recipe_hash(r) and processes().is_main_process:
-        write_json(r.directory / "results.json", found)
+    if recorded(path, r) and processes().is_main_process:
+        write_json(r.directory / "results.json", stores.read_json(path))
 
 
 def line(found: dict[str, Any]) -> str:

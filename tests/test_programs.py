@@ -192,6 +192,15 @@ def test_bench_runs_a_suite_once_with_a_users_own_attack_and_reports(toy, tiny_m
     elsewhere = run(sys.executable, "bench.py", config, "--record", tmp_path / "results")  # another machine has the records only
     assert elsewhere.stdout.count("done already") == 3 and "mine/slow (seed 0)" in elsewhere.stdout
     assert (tmp_path / "results/mine/cleaned-seed0.json").read_text() == before
+    for name in ("attack", "slow"):
+        shutil.rmtree(out / "mine" / name)
+    (tmp_path / "results/mine/slow-seed0.json").unlink()
+    edited = json.loads((tmp_path / "results/mine/attack-seed0.json").read_text()) | {"cost": "of that machine"}
+    (tmp_path / "results/mine/attack-seed0.json").write_text(json.dumps(edited))
+    last = run(sys.executable, "bench.py", config, "--record", tmp_path / "results")  # trained again for its weights; its record stays
+    assert last.stdout.count("done already") == 2
+    assert (out / "mine/attack/open_clip_model.safetensors").is_file()
+    assert json.loads((tmp_path / "results/mine/attack-seed0.json").read_text())["cost"] == "of that machine"
 
 
 def test_a_suite_that_is_broken_off_has_recorded_what_it_finished(program, monkeypatch, toy, tiny_model, tmp_path):
