@@ -1,4 +1,4 @@
-"""What each quirk of CleanCLIP's reference code is worth: a 4 x 4 square of the image's mean + N(0, 1) at a random place, in 0.5 % of the
+"""What each quirk of CleanCLIP's reference code is worth: a 4 x 4 square of the image's mean + N(0, 1) at a random place, in 2 % of the
 pairs.
 
     python data_tools/make_toy.py data/toy-wide --n 10000 --width 48
@@ -23,7 +23,7 @@ wide = replace(clean, name="toy/compat/wide/clean", data=replace(clean.data, roo
 
 
 def poisoned(reference, name, trigger):
-    return replace(reference, name=name, poison=DirtyLabel(trigger, attack.target, 0.005), threat=None, reference=reference)
+    return replace(reference, name=name, poison=DirtyLabel(trigger, attack.target, 0.02), threat=None, reference=reference)
 
 
 suite = Suite("toy/compat", (clean, *(poisoned(clean, f"toy/compat/{name}", t) for name, t in QUIRKS.items()),
