@@ -23,8 +23,7 @@ def with_weights(waiting: list[recipe.Recipe]) -> set[Path]:
     """Directories of the runs whose weights must be there before these can run."""
     needed: set[Path] = set()
     while waiting:
-        r = waiting.pop()
-        others = [o for o in (r.init, r.reference, r.surrogate) if isinstance(o, recipe.Recipe) and o.directory not in needed]
+        others = [o for o in waiting.pop().others if o.directory not in needed]
         needed |= {o.directory for o in others}
         waiting += [o for o in others if not weights_in(o.directory)]
     return needed

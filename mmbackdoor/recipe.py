@@ -120,6 +120,11 @@ class Recipe:
         return Path(self.out) / (f"{self.name}-seed{self.seed}" if self.seed else self.name)
 
     @property
+    def others(self) -> list[Recipe]:
+        """The runs that this one starts from, is compared to, or crafts on."""
+        return [other for other in (self.init, self.reference, self.surrogate) if isinstance(other, Recipe)]
+
+    @property
     def attack(self) -> Attack | None:
         """The poison, with `{root}` in the paths that it names standing for the data's, as in theirs."""
         return mapped(self.poison, lambda text: text.replace("{root}", self.data.root) if "{root}" in text else text)
@@ -148,9 +153,8 @@ class Suite:
         ordered: dict[Path, Recipe] = {}
 
         def add(r: Recipe) -> None:
-            for other in (r.init, r.reference, r.surrogate):
-                if isinstance(other, Recipe):
-                    add(other)
+            for other in r.others:
+                add(other)
             if recipe_hash(ordered.setdefault(r.directory, r)) != recipe_hash(r):
                 raise BadInput(f"{self.name}: two different recipes are named {r.name}; give each its own name")
 

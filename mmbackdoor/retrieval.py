@@ -237,11 +237,18 @@ def triggered_among(images: Tensor, victim: np.ndarray, hit: Tensor, asked: Tens
     `clean` (A, D) if they differ from those asked.
     """
     n, score = len(images), scores(asked, images)
-    before = score if clean is None else scores(clean, images)
-    below_hit, below_own = (np.stack([s.searchsorted(x) for s, x in zip(np.sort(among, axis=1), found, strict=True)])
-                            for among, found in ((score, scores(asked, hit)), (before, before[:, victim])))
-    plain = ranked(n - below_own, ks)  # of the n - below that score no less, one is the image itself
-    return with_suffix(ranked(1 + n - below_hit, ks), chance=rank_chance(n + 1, 1, ks), clean=plain)
+    least_first = np.sort(score, axis=1)
+    fired = ranked(1 + n - below(least_first, scores(asked, hit)), ks)
+    if clean is not None:
+        score = scores(clean, images)
+        least_first = np.sort(score, axis=1)
+    plain = ranked(n - below(least_first, score[:, victim]), ks)  # of those that score no less, one is the image itself
+    return with_suffix(fired, chance=rank_chance(n + 1, 1, ks), clean=plain)
+
+
+def below(least_first: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """(A, V): how many of the scores (A, N), in ascending order, are less than each of those found (A, V)."""
+    return np.stack([s.searchsorted(x) for s, x in zip(least_first, found, strict=True)])
 
 
 def scores(asked: Tensor, images: Tensor) -> np.ndarray:
