@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
 from .huggingface import CARD, RESAMPLING, HuggingFace, build_hf, hf_card, hub_errors, is_hf, is_saved_hf, save_hf
+from .keyed import drawing_from, rng
 from .stores import read_json, replacing, write_json
 from .types import BadInput, to_pixels
 
@@ -110,6 +111,15 @@ class CLIP:
         size = self.cfg["size"]
         return (size, size) if isinstance(size, int) else (size[0], size[1])
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    @property
+    def width(self) -> int:
+        """Of a row of features."""
+        return self.text_features(["a"]).shape[1]
+
     def front(self) -> CLIP:
         """The same without the network: what a loader worker needs."""
         return replace(self, net=nn.Identity())
@@ -125,16 +135,25 @@ class CLIP:
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """The evaluation transform: PIL -> (3, H, W), equal to open_clip's."""
-        return self.normalise(to_pixels(self.geometry(image)))
+        return self.to_input(self.geometry(image))
+
+    def crop(self, image: Image.Image, rng: Generator, scale: tuple[float, float] | None = None) -> Image.Image:
+        """The training transform up to tensors: PIL -> PIL of the input size. `scale` takes the place of the transform's own."""
+        aug = self.aug if scale is None else replace(self.aug, scale=scale)
+        h, w = self.size
+        resample = RESAMPLING.get(self.cfg["interpolation"], Image.Resampling.BICUBIC)
+        image = image.resize((w, h), resample, box=aug.box(*image.size, rng))
+        if aug.flip and torch.rand((), generator=rng) < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image
+
+    def to_input(self, image: Image.Image) -> Tensor:
+        """PIL of the input size -> (3, H, W), normalised."""
+        return self.normalise(to_pixels(image))
 
     def augment(self, image: Image.Image, rng: Generator) -> Tensor:
         """The training transform: PIL -> (3, H, W). All randomness comes from `rng`."""
-        h, w = self.size
-        resample = RESAMPLING.get(self.cfg["interpolation"], Image.Resampling.BICUBIC)
-        image = image.resize((w, h), resample, box=self.aug.box(*image.size, rng))
-        if self.aug.flip and torch.rand((), generator=rng) < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return self.normalise(to_pixels(image))
+        return self.to_input(self.crop(image, rng))
 
     def tokenize(self, text: str) -> Tensor:
         """(context length,) int64."""
@@ -146,8 +165,7 @@ class CLIP:
 
     def text_features(self, texts: Sequence[str], batch: int = 256) -> Tensor:
         """(N, D) of unit norm."""
-        device = next(self.net.parameters()).device
-        rows = [torch.stack([self.tokenize(t) for t in texts[i : i + batch]]).to(device) for i in range(0, len(texts), batch)]
+        rows = [torch.stack([self.tokenize(t) for t in texts[i : i + batch]]).to(self.device) for i in range(0, len(texts), batch)]
         return torch.cat([self.net.encode_text(r, normalize=True) for r in rows])  # type: ignore[operator]
 
     def save(self, folder: str | Path) -> None:
@@ -159,6 +177,13 @@ class CLIP:
             save_file(state, temporary)
         if isinstance(self.net, HuggingFace):
             save_hf(self.net, self.tokenizer, self.cfg, folder)
+
+    def renewed(self, seed: int) -> dict[str, Tensor]:
+        """Weights of the same network before any training."""
+        with drawing_from(rng(seed, "weights")):
+            if isinstance(self.net, HuggingFace):
+                return HuggingFace(type(self.net.clip)(self.net.clip.config)).state_dict()
+            return build(Model(), self.card, load_text_tower=False).net.state_dict()
 
     def fingerprint(self) -> str:
         """Hash of all of the model that decides its features: every tensor, the structure, preprocessing, the tokenizer.

@@ -187,11 +187,7 @@ def to_bytes(x: Tensor) -> Tensor:
 
 def to_floats(x: Tensor, clip: CLIP) -> Tensor:
     """8-bit images as numbers in [0, 1], on the model's device."""
-    return x.to(device(clip)).float().div_(255)
-
-
-def device(clip: CLIP) -> torch.device:
-    return next(clip.net.parameters()).device
+    return x.to(clip.device).float().div_(255)
 
 
 # ---- what papers share
@@ -223,7 +219,7 @@ def seen(clip: CLIP, images: Tensor, size: int = 256) -> Tensor:
 @torch.no_grad()
 def read(clip: CLIP, tokens: Tensor, size: int = 256) -> Tensor:
     """Features (N, D) of many captions' tokens (N, context length), without gradients."""
-    return torch.cat([clip.net.encode_text(t.to(device(clip)), normalize=True) for t in tokens.split(size)])  # type: ignore[operator]
+    return torch.cat([clip.net.encode_text(t.to(clip.device), normalize=True) for t in tokens.split(size)])  # type: ignore[operator]
 
 
 def cropped(clip: CLIP, x: Tensor, share: float, rng: Generator) -> Tensor:

@@ -215,7 +215,7 @@ def examine_model(clip: CLIP, data: EvalSet, pixels: Tensor, label: np.ndarray) 
 def encode(clip: CLIP, pixels: Tensor) -> Tensor:
     """(n, 3, H, W) uint8 -> (n, D) on the CPU."""
     clip.net.eval()
-    device = next(clip.net.parameters()).device
+    device = clip.device
     return torch.cat([clip.image_features(clip.normalise(part.float() / 255).to(device)).float().cpu() for part in pixels.split(BATCH)])
 
 

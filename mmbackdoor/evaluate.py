@@ -262,7 +262,7 @@ def examples(clip: CLIP, data: EvalSet, threat: Threat | None, n: int = 6) -> li
             picked[name] = label, decode(raw)
         if len(picked) == n:
             break
-    device = next(clip.net.parameters()).device
+    device = clip.device
     out = []
     for label, s in picked.values():
         inputs = show(clip, s["image"], [threat] if threat else [], s["__key__"])

@@ -197,7 +197,7 @@ def entries(clip: CLIP, how: How, views: Sequence[Any], data: Callable[[], str],
         return [None] * len(views)
     if Path(how.cache).exists() and not Path(how.cache).is_dir():
         raise BadInput(f"{how.cache}: is a file; name a folder with --cache")
-    common = {"model": clip.fingerprint(), "set": data(), "batch": how.batch, "device": next(clip.net.parameters()).device.type} | code()
+    common = {"model": clip.fingerprint(), "set": data(), "batch": how.batch, "device": clip.device.type} | code()
     each = [common | {"view": told(view)} for view in views]
     return [Entry(Path(how.cache) / hashed(i), i) if i["set"] and i["view"] else None for i in each]
 
@@ -210,7 +210,7 @@ def compute(clip: CLIP, raws: Source, threats: Sequence[Threat], how: How, done:
             clean: bool = True) -> Iterator[list[pa.Table]]:
     """Batch by batch, the rows of [clean if wanted, under each threat] that fall to this process, but for batches in `done`."""
     clip.net.eval()
-    device = next(clip.net.parameters()).device
+    device = clip.device
     loader = DataLoader(Shown(clip, raws, threats, how, done, clean), batch_size=how.batch, num_workers=how.workers, collate_fn=stack)
     images = operator.length_hint(raws) // how.world or None
     with tqdm(total=images, desc=what, unit="image", disable=None if what and how.rank == 0 else True, leave=False) as bar:

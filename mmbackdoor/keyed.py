@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,18 @@ def integer(seed: int, *names: str) -> int:
 def rng(seed: int, *names: str) -> torch.Generator:
     """A generator for draws inside a trigger, a caption or a view."""
     return torch.Generator().manual_seed(integer(seed, *names))
+
+
+@contextmanager
+def drawing_from(rng: torch.Generator) -> Iterator[None]:
+    """What draws from torch's global generator, as torchvision and new layers do, draws in here from a seed of `rng`; no trace is left."""
+    generator = torch.default_generator  # torch.manual_seed would queue a call for every GPU each time
+    state = generator.get_state()
+    try:
+        generator.manual_seed(int(torch.randint(2**62, (), generator=rng)))
+        yield
+    finally:
+        generator.set_state(state)
 
 
 def uniform(seed: int, *names: str) -> float:

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "mmbackdoor"
 PAPERS = ("attacks", "defenses")
 ORDER = (  # a module imports from lines above its own only
     {"types", "keyed"},
-    {"stores", "spread", "triggers", "stealth", "search"},
+    {"stores", "spread", "triggers", "stealth", "search", "augment"},
     {"tars", "huggingface", "layout", "sheet"},
     {"samples", "clip"},
     {"shards"},
@@ -27,8 +27,8 @@ ORDER = (  # a module imports from lines above its own only
     {"run", "report"},
 )
 LAYER = {module: i for i, modules in enumerate(ORDER) for module in modules}
-FOR_PAPERS = {"types", "keyed", "triggers", "stores", "spread", "shards", "index", "clip", "poison", "craft", "losses", "stream", "search",
-              "layout", "victims"}
+FOR_PAPERS = {"types", "keyed", "augment", "triggers", "stores", "spread", "shards", "index", "clip", "poison", "craft", "losses", "stream",
+              "search", "layout", "victims"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PROGRAMS = sorted([*ROOT.glob("*.py"), *(p for folder in ("data_tools", "scripts", "configs", "benchmarks")
                                          for p in ROOT.glob(f"{folder}/**/*.py"))])

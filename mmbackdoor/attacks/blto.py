@@ -104,7 +104,7 @@ class BLTO(DirtyLabel):
         if not isinstance(self.trigger, Generator):
             raise BadInput(f"--poison.trigger {type(self.trigger).__name__}: BLTO crafts a Generator; use one")
         rng = keyed.rng(seed, "blto")
-        public, device = craft.gather(batches, self.target, self.images), craft.device(clip)
+        public, device = craft.gather(batches, self.target, self.images), clip.device
         wanted = torch.stack([clip.tokenize(t.format(self.target.label)) for t in self.target.templates])
         g = {k: v.to(device).requires_grad_() for k, v in weights(self.width, rng).items()}
         adam = torch.optim.Adam(g.values(), self.lr)

@@ -119,7 +119,7 @@ class ISSBA(DirtyLabel):
         while len(right) < self.steps:
             before = len(right)
             for batch in batches():
-                x = batch["pixels"].float().to(craft.device(clip))
+                x = batch["pixels"].float().to(clip.device)
                 if not weights:
                     weights = {k: w.to(x.device) for k, w in untrained(self.bits, x.shape[-1], seed, self.strength).items()}
                     learned = [w.requires_grad_() for k, w in weights.items() if "." in k]

@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmbackdoor import clip, keyed, losses, shards
+from mmbackdoor.augment import auto_augment, edit_words
 from mmbackdoor.clip import CLIP, Augment, Model
-from mmbackdoor.defenses.cleanclip import CleanCLIP, auto_augment, edit_words
+from mmbackdoor.defenses.cleanclip import CleanCLIP
 from mmbackdoor.stream import collate
 
 N = 6
