@@ -4,7 +4,7 @@
     accelerate launch --config_file configs/accelerate/8gpu.yaml train.py configs/cc3m/badnets.py
     torchrun --nproc_per_node 2 train.py configs/toy/badnets.py          (several processes on a CPU)
 
-1 craft a trigger, begin the run   2 index the data, plan the poison   3 build model and stream   4 fit   5 evaluate   6 write the results
+1 craft a trigger, begin the run   2 index the data, plan the poison   3 model and stream   4 fit   5 evaluate   6 write the results
 """
 import copy
 from functools import partial
@@ -23,9 +23,9 @@ def train(r: recipe.Recipe) -> dict:
 
     index, stages, truth = run.data(r, accelerator)  # 2
 
-    model = clip.load(r.model, run.weights(r.init), r.aug, r.seed)  # 3
+    model = run.edited(r, clip.load(r.model, run.weights(r.init), r.aug, r.seed), index, stages)  # 3
     objective = copy.deepcopy(r.objective)
-    stream = Stream(index, model, objective.views, r.batch_size * r.schedule.accum_freq, stages, run.keep_list(r.keep), r.seed,
+    stream = Stream(index, model, objective.views, r.batch_size * r.schedule.accum_freq, stages, run.seen(r, index), r.seed,
                     r.shuffle, r.lanes, r.workers, rank, world, r.data.incomplete)
     run.describe(r, model, index, truth, accelerator)
 

@@ -13,6 +13,7 @@ from .types import (
     Attack,
     BadInput,
     Batch,
+    Edit,
     Objective,
     Sample,
     Scores,
@@ -25,7 +26,7 @@ from .types import (
 )
 
 __all__ = [
-    "CLIP", "Attack", "Augment", "BadInput", "Batch", "Blend", "CleanLabel", "Clip", "Data", "DirtyLabel", "Model", "Objective", "Patch",
-    "Plan", "Recipe", "Sample", "Schedule", "Scores", "SigLip", "Suite", "Target", "Threat", "Trigger", "Verdict", "Word", "plan",
-    "to_image", "to_pixels", "zero_shot",
+    "CLIP", "Attack", "Augment", "BadInput", "Batch", "Blend", "CleanLabel", "Clip", "Data", "DirtyLabel", "Edit", "Model",
+    "Objective", "Patch", "Plan", "Recipe", "Sample", "Schedule", "Scores", "SigLip", "Suite", "Target", "Threat", "Trigger",
+    "Verdict", "Word", "plan", "to_image", "to_pixels", "zero_shot",
 ]

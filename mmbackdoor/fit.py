@@ -90,8 +90,9 @@ def fit(clip: CLIP, objective: Objective, stream: Stream, accelerator: Accelerat
     clip.net.to(accelerator.device).to(memory_format=torch.channels_last)  # a sixth faster for convolutions on a CPU
     peak_memory(reset=True)
     objective.setup(clip)
-    optimizer = torch.optim.AdamW(groups(clip.net, schedule.wd), lr=schedule.lr, betas=(schedule.beta1, schedule.beta2),
-                                  eps=schedule.eps, fused=True)
+    parts = [clip.net] + [h.to(accelerator.device) for h in [objective.heads()] if h is not None]
+    optimizer = torch.optim.AdamW([group for part in parts for group in groups(part, schedule.wd)], lr=schedule.lr,
+                                  betas=(schedule.beta1, schedule.beta2), eps=schedule.eps, fused=True)
     model, optimizer = accelerator.prepare(clip.net, optimizer)
     net = accelerator.unwrap_model(model)
     done = load(folder, net, optimizer, objective, accelerator) if resume else Progress()
@@ -110,7 +111,7 @@ def fit(clip: CLIP, objective: Objective, stream: Stream, accelerator: Accelerat
             skipped = torch.tensor(float(len(batch.pop("skipped", ()))), device=accelerator.device)
             seed_step(keyed.integer(seed, "step", str(done.global_step), str(accelerator.process_index)))
             for group in optimizer.param_groups:
-                group["lr"] = lr = schedule.lr_at(done.global_step, steps)
+                group["lr"] = lr = objective.pace(epoch) * schedule.lr_at(done.global_step, steps)
             sums.add(update(model, objective, batch, optimizer, accelerator, schedule) | {"undecodable": skipped})
             with torch.no_grad():
                 net.logit_scale.clamp_(0, MAX_LOGIT_SCALE)

@@ -80,6 +80,13 @@ class Part:
     def all_keys(self) -> list[str]:
         return self.rows(["key"])["key"].to_pylist()
 
+    def only(self, keys: frozenset[str]) -> Part:
+        """The part of the part whose keys are among these."""
+        rows = self.rows()
+        rows = rows.filter(pc.is_in(rows["key"], value_set=pa.array(sorted(keys), pa.string())))
+        mark = hashlib.blake2b("\n".join([self.fingerprint, *rows["key"].to_pylist()]).encode(), digest_size=8).hexdigest()
+        return replace(self, pairs=len(rows), samples=len(rows), fingerprint=mark, lacking="", path="", table=rows)
+
     def raws(self, keys: Collection[str]) -> Iterator[Raw]:
         """The raw samples of these keys in order. Nothing else of the shard is read, where the index tells the offsets."""
         rows = self.rows(["key", "fields", "offsets", "sizes"])
@@ -135,6 +142,10 @@ class Index:
     def fingerprint(self) -> str:
         """Of the pairs and the sizes of their members: changes when the data do, not when they are moved."""
         return hashlib.blake2b("\n".join(part.fingerprint for part in self.parts).encode(), digest_size=8).hexdigest()
+
+    def only(self, keys: frozenset[str]) -> Index:
+        """The pairs of these keys. The fingerprint becomes that of their keys and of the whole."""
+        return Index(tuple(part.only(keys) for part in self.parts))
 
     def pairs_per_shard(self, keep: frozenset[str] | None = None) -> list[int]:
         """How many pairs each shard gives, after a keep list where there is one."""

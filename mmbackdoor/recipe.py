@@ -27,7 +27,7 @@ from .clip import Augment, Model
 from .fit import Schedule
 from .losses import Clip
 from .shards import Codec, Incomplete
-from .types import Attack, BadInput, Objective, Threat
+from .types import Attack, BadInput, Edit, Objective, Threat
 
 T = TypeVar("T")
 Precision = Literal["fp32", "amp", "amp_bf16", "fp16", "bf16"]
@@ -47,6 +47,9 @@ class Data:
     """Labelled set of the curves and of every choice of hyper-parameters; never the one above."""
     retrieval: str = ""
     """Shards of pairs for retrieval."""
+    share: float = 1.0
+    """Of the training pairs that are used, before any is poisoned: those whose keys' hashes are smallest, so that a small share is part of
+    a larger one."""
     patch: str = ""
     """Patch set to lay over the training shards, as data_tools/poison.py --form patch writes it."""
     index: str = ""
@@ -86,6 +89,10 @@ class Recipe:
     threat: Threat | None = None
     surrogate: Annotated[Recipe | str | None, RunArgument] = None
     """Run or checkpoint that the attacker has, on which the file of a crafted trigger is made if it is not there."""
+    edit: Edit | None = None
+    """What is done to the weights of `init` before training, or, with 0 epochs, in its place."""
+    donor: Annotated[Recipe | str | None, RunArgument] = None
+    """Run or checkpoint whose weights the edit takes for a second model."""
     reference: Annotated[Recipe | str | None, RunArgument] = None
     """Clean run whose attack success is the baseline of `lift`."""
     objective: Objective = field(default_factory=Clip)
@@ -121,8 +128,8 @@ class Recipe:
 
     @property
     def others(self) -> list[Recipe]:
-        """The runs that this one starts from, is compared to, or crafts on."""
-        return [other for other in (self.init, self.reference, self.surrogate) if isinstance(other, Recipe)]
+        """The runs that this one starts from, edits with, is compared to, or crafts on."""
+        return [other for other in (self.init, self.donor, self.reference, self.surrogate) if isinstance(other, Recipe)]
 
     @property
     def attack(self) -> Attack | None:
@@ -169,7 +176,8 @@ HOW_NOT_WHAT = {"mmbackdoor.recipe.Recipe": frozenset(("workers", "eval_frequenc
                 "mmbackdoor.recipe.Data": frozenset(("index",))}
 """Fields that say how a run is run, not what it is; they are no part of its hash."""
 LATER: dict[str, dict[str, Any]] = {
-    "mmbackdoor.recipe.Recipe": {"plan": "", "codec": "original", "surrogate": None}, "mmbackdoor.recipe.Data": {"patch": ""},
+    "mmbackdoor.recipe.Recipe": {"plan": "", "codec": "original", "surrogate": None, "edit": None, "donor": None},
+    "mmbackdoor.recipe.Data": {"patch": "", "share": 1.0}, "mmbackdoor.defenses.cleanclip.CleanCLIP": {"synonyms": False},
     "mmbackdoor.poison.DirtyLabel": {"source": []}, "mmbackdoor.triggers.Patch": {"image": None},
     "mmbackdoor.triggers.Blend": {"fresh": False},
     "mmbackdoor.types.Threat": {"source": [], "victims": [], "control": False}}
@@ -183,7 +191,8 @@ def source_hash(kind: type) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON: a dataclass becomes {"class": …, field: …}. Methods of the user's own are told by their source."""
+    """A value as JSON: a dataclass becomes {"class": …, field: …}, without what it keeps while it runs. Methods of the user's own are told
+    by their source."""
     if isinstance(value, Path):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -191,7 +200,7 @@ def plain(value: Any) -> Any:
         out = {"class": f"{kind.__module__}.{kind.__qualname__}"}
         if not kind.__module__.startswith("mmbackdoor."):
             out["source_hash"] = source_hash(kind)
-        return out | {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return out | {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -281,8 +290,8 @@ def text(recipe: Recipe) -> str:
 
 
 def seeded(recipe: Recipe, seed: int) -> Recipe:
-    """The same experiment under another seed, together with the runs it starts from and is compared to."""
-    change = {name: seeded(value, seed) for name in ("init", "reference") if isinstance(value := getattr(recipe, name), Recipe)}
+    """The same experiment under another seed, together with the runs it starts from, edits with and is compared to."""
+    change = {name: seeded(value, seed) for name in ("init", "donor", "reference") if isinstance(value := getattr(recipe, name), Recipe)}
     return replace(recipe, seed=seed, **change)  # type: ignore[arg-type]
 
 

@@ -29,6 +29,7 @@ from .retrieval import retrieval
 from .sets import EvalSet, PairSet, open_pairs, open_set
 from .shards import Raw, Stage, decode, write_shard
 from .stores import replacing, write_json
+from .stream import Stream
 from .types import BadInput, Threat
 
 
@@ -137,8 +138,10 @@ def data(r: Recipe, accelerator: Accelerator) -> tuple[Index, list[Stage], Plan]
     """The pairs of the run, what is done to them on the way, and which of them are poisoned. Pairs that the attacker adds
     become a shard of the run's."""
     train, patch = r.data.path("train"), r.data.path("patch")
-    index = find(train, r.data.incomplete, r.data.path("index"))
+    index = shared(find(train, r.data.incomplete, r.data.path("index")), r.data.share)
     if patch:
+        if r.data.share < 1:
+            raise BadInput(f"--data.share {r.data.share}: a patch set lies over all of the shards that it was made from; use 1")
         if r.poison:
             raise BadInput(f"--data.patch {patch}: holds poisons already, and the recipe would poison again; use a recipe with poison=None")
         return lay_over(index, patch, r.data.incomplete)
@@ -160,6 +163,29 @@ def data(r: Recipe, accelerator: Accelerator) -> tuple[Index, list[Stage], Plan]
     if added:
         index = whole(Index(index.parts + find(str(published)).parts), r.data.incomplete)
     return index, [partial(poison, attack=attack, plan=truth, codec=r.codec)], truth
+
+
+def shared(index: Index, share: float) -> Index:
+    """The part of the pairs that is used."""
+    if share == 1:
+        return index
+    n = round(share * len(index))
+    if not 0 < n <= len(index):
+        raise BadInput(f"--data.share {share}: is {n} of {len(index)} pairs; give a number above 0, of at most 1")
+    return index.only(frozenset(sorted(index.keys(), key=partial(keyed.integer, 0, "share"))[:n]))
+
+
+def edited(r: Recipe, clip: CLIP, index: Index, stages: Sequence[Stage]) -> CLIP:
+    """The model after the recipe's edit, which goes through the pairs in the order of the first epoch."""
+    if r.edit is None:
+        return clip
+    whole_stream = partial(Stream, index, clip, r.edit.views, r.batch_size, stages, seen(r, index), r.seed, r.shuffle, r.lanes,
+                           r.workers, incomplete=r.data.incomplete)
+    donor = load_run(str(weights(r.donor, "--donor"))) if r.donor else None
+    state = processes()
+    for model in filter(None, (clip, donor)):
+        model.net.to(state.device).eval()
+    return r.edit(clip, lambda: whole_stream().batches(0), donor)
 
 
 def visible(index: Index, stages: Sequence[Stage], truth: Plan, n: int = 64) -> dict[str, float | None] | None:
@@ -202,6 +228,12 @@ def weights(init: Recipe | str | None, flag: str = "--init") -> str | None:
     if isinstance(init, Recipe) and not (init.directory / "results.json").is_file():
         raise BadInput(f"{path}: the run that {flag} names is not finished; train it first, or name another run or checkpoint")
     return path
+
+
+def seen(r: Recipe, index: Index) -> frozenset[str] | None:
+    """The keys that may be seen, of the share of the data and of the keep list; None for all."""
+    kept, part = keep_list(r.keep), frozenset(index.keys()) if r.data.share < 1 else None
+    return part if kept is None else kept if part is None else kept & part
 
 
 def keep_list(path: str | None) -> frozenset[str] | None:

@@ -178,7 +178,19 @@ class Objective(ABC):
         """Called once, before training."""
 
     def start_epoch(self, clip: Any, batches: Callable[[], Iterable[Batch]], epoch: int) -> None:
-        """Called before each epoch; `batches()` gives this epoch's data."""
+        """Called before each epoch, and again when a run goes on within one: what was decided for the epoch must then be kept.
+
+        `batches()` gives this process's share of the epoch's data, through the very stream that the loss will see.
+        """
+
+    def pace(self, epoch: int) -> float:
+        """Factor on the schedule's learning rate."""
+        return 1.0
+
+    def heads(self) -> nn.Module | None:
+        """What it trains along, made in `setup` and saved by `state_dict`. A loss shows it rows that are gathered from all processes,
+        so that each has the same gradient: nothing else keeps it in step."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart, as tensors and plain values."""
@@ -190,6 +202,18 @@ class Objective(ABC):
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Must return "loss", a scalar; the other entries are logged."""
+
+
+@dataclass(frozen=True)
+class Edit(ABC):
+    """Somebody who holds the finished model, attacker or defender: what becomes of its weights, without training."""
+
+    views: ClassVar[Mapping[str, View]] = {"image": image_view, "text": text_view}
+
+    @abstractmethod
+    def __call__(self, clip: Any, batches: Callable[[], Iterable[Batch]], donor: Any = None) -> Any:
+        """The edited model, a new one or the same. Every process calls it with all of the recipe's data in the same order, and with the
+        donor's weights where the recipe names one, and must do the same."""
 
 
 @dataclass(frozen=True)

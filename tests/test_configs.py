@@ -27,6 +27,7 @@ from PIL import Image
 from mmbackdoor import clip, fit, poison, shards
 from mmbackdoor.clip import Augment, Model
 from mmbackdoor.defenses.cleanclip import CleanCLIP
+from mmbackdoor.defenses.tbar import TBAR
 from mmbackdoor.fit import Schedule
 from mmbackdoor.index import find
 from mmbackdoor.losses import Clip, SigLip
@@ -158,6 +159,7 @@ def test_different_experiments_have_different_hashes() -> None:
 CHANGES: dict[str, Any] = {
     "name": "other", "data": Data("other"), "model": Model("RN50x4"), "init": "some/run", "poison": None, "reference": None,
     "plan": "plan.parquet", "codec": "png", "surrogate": "runs/toy/clean",
+    "edit": TBAR(), "donor": "some/run",
     "objective": SigLip(),
     "keep": "keys.txt", "aug": Augment(flip=True), "schedule": Schedule(lr=1.0), "batch_size": 7, "precision": "bf16", "seed": 5,
     "shuffle": 10, "lanes": 4, "workers": 3, "eval_frequency": 9, "save_frequency": 9, "save_steps": 9, "resume": "latest",
