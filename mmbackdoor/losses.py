@@ -1,14 +1,21 @@
-"""Contrastive losses over the global batch, and the objectives that are nothing but them."""
+"""Contrastive losses over the global batch, what defenses keep beside a model, and the objectives that are nothing but losses."""
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .clip import CLIP
 from .types import Batch, Objective
+
+T = TypeVar("T")
 
 
 class Gather(torch.autograd.Function):
@@ -40,15 +47,107 @@ def gather(x: Tensor) -> Tensor:
     return Gather.apply(x) if world() > 1 else x
 
 
-def cross_entropy(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """-mean log softmax(scale a bᵀ)[i, i]: each of the rows a (N, D) must find its own among the rows b (N, D)."""
+def gather_list(rows: list[T]) -> list[T]:
+    """The entries of all processes' lists, in the order of the processes."""
+    if world() == 1:
+        return rows
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, rows)
+    return [row for part in found for row in part]
+
+
+def cross_entropy(a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
+    """-mean log softmax(scale a bᵀ)[i, i]: each of the rows a (N, D) must find its own among the rows b (N, D). 0 where N is."""
+    if not len(a):
+        return 0 * (a.sum() + b.sum())
     return F.cross_entropy(scale * a @ b.T, torch.arange(len(a), device=a.device))
 
 
-def info_nce(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE of matching unit rows (B, D) over the global batch (Radford et al., 2021, arXiv:2103.00020)."""
-    a, b = gather(a), gather(b)
+def both_ways(a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
+    """Symmetric InfoNCE of matching unit rows (N, D) that are gathered already (Radford et al., 2021, arXiv:2103.00020)."""
     return (cross_entropy(a, b, scale) + cross_entropy(b, a, scale)) / 2
+
+
+def info_nce(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """The same of this process's rows (B, D), over the global batch."""
+    return both_ways(gather(a), gather(b), scale)
+
+
+def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
+    """SimCLR's loss (Chen et al., 2020, arXiv:2002.05709) of two views' unit rows (N, D): each of the 2 N rows must find the other view of
+    it among all the rest. Takes rows that are gathered already."""
+    z = torch.cat([a, b])
+    logits = (z @ z.T / temperature).masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(a)))
+
+
+class Bank:
+    """The last `size` unit rows that were pushed. Pushed gathered rows, it is the same on every process."""
+
+    def __init__(self, size: int):
+        self.size, self.held, self.next = size, torch.empty(0), 0
+
+    @property
+    def rows(self) -> Tensor:
+        """(at most size, D), in no order."""
+        return self.held
+
+    def push(self, rows: Tensor) -> None:
+        """Adds rows (N, D), of which only the last `size` are kept."""
+        rows = rows.detach().float()[-self.size:]
+        held = self.held.to(rows.device) if len(self.held) else rows[:0]
+        room = self.size - len(held)
+        self.held, rows = torch.cat([held, rows[:room]]) if room else held, rows[room:]
+        if len(rows):
+            at = torch.arange(self.next, self.next + len(rows), device=rows.device) % self.size
+            self.held[at], self.next = rows, (self.next + len(rows)) % self.size
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """(N, D) -> for each row the one of the bank that is most alike, without a gradient; itself while the bank is empty. One matrix
+        product: a bank of some ten thousand rows is too small for an index to be faster."""
+        if not len(self.held):
+            return x.detach()
+        self.held = self.held.to(x.device)
+        return self.held[(x.detach().float() @ self.held.T).argmax(1)].to(x.dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.held, "next": self.next}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.held, self.next = state["rows"].clone(), state["next"]
+
+
+def frozen_copy(net: nn.Module) -> nn.Module:
+    """The network as it is, to compare with while it is trained."""
+    return copy.deepcopy(net).eval().requires_grad_(False)
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Without gradients and in evaluation mode, in here."""
+    was = net.training
+    net.eval()
+    with torch.no_grad():
+        yield
+    net.train(was)
+
+
+def similarities(clip: CLIP, batches: Iterable[Batch]) -> tuple[list[str], Tensor]:
+    """Keys, and cosines of image and caption as the network sees them now, of the data of all processes. (N,) on the CPU."""
+    keys: list[str] = []
+    cosines: list[float] = []
+    with evaluating(clip.net):
+        for batch in batches:
+            x = clip.net.encode_image(batch["image"].to(clip.device), normalize=True)  # type: ignore[operator]
+            t = clip.net.encode_text(batch["text"].to(clip.device), normalize=True)  # type: ignore[operator]
+            keys += batch["key"]
+            cosines += (x * t).sum(1).tolist()
+    return gather_list(keys), torch.tensor(gather_list(cosines))
+
+
+def among(keys: frozenset[str], batch: Batch) -> Tensor:
+    """Which pairs of all processes' batches are of these keys: (processes * B,) bool."""
+    return gather(torch.tensor([key in keys for key in batch["key"]], device=batch["image"].device).float()) > 0.5
 
 
 @dataclass(eq=False)

@@ -1,0 +1,43 @@
+"""Strong augmentation as a baseline, for pre-training and for cleaning. The defender holds the loss.
+
+CLIP's loss on images after RandAugment (Cubuk et al., 2019, arXiv:1909.13719), AutoAugment (arXiv:1805.09501) or SimCLR's colours, and on
+captions with some words swapped, deleted or repeated (EDA, arXiv:1901.11196):
+
+    loss = CLIP(Ĩ, T̃)
+
+What a defense gains beyond this is its own. Assumes nothing.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+
+from ..augment import Policy, augmented_image, augmented_text, check_synonyms
+from ..clip import CLIP
+from ..losses import info_nce
+from ..types import Batch, Objective, View
+
+
+@dataclass(eq=False)
+class Augmented(Objective):
+    """`images` is the policy; `words` the share of a caption's words that are edited, 0 for none."""
+
+    images: Policy = "rand"
+    words: float = 0.1
+    synonyms: bool = False
+    """Whether words are exchanged for WordNet's synonyms too."""
+
+    @property
+    def views(self) -> Mapping[str, View]:  # type: ignore[override]
+        edited = partial(augmented_text, share=self.words, synonyms=self.synonyms)
+        return {"image": partial(augmented_image, kind=self.images), "text": edited if self.words else Objective.views["text"]}
+
+    def setup(self, clip: CLIP) -> None:
+        check_synonyms(self.synonyms)
+
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        out = model(batch["image"], batch["text"])
+        return {"loss": info_nce(out["image_features"], out["text_features"], out["logit_scale"])}
