@@ -65,11 +65,12 @@ def main(config: tyro.conf.Positional[str], seeds: tuple[int, ...] = (0,), recor
     found = {r.directory: run.read_results(r.directory) for r in runs}  # 3
     out = Path(runs[0].out) / suite.name / "report.html"
     of = lambda recipes: [recipe.seeded(r, seed).directory for seed in seeds for r in recipes]  # noqa: E731
-    report.html(suite.name, of(suite.recipes), out, sweep=of(suite.sweep))
+    shown = of(suite.recipes) + [d for r in suite.once if (d := recipe.seeded(r, seeds[0]).directory) not in of(suite.recipes)]
+    report.html(suite.name, shown, out, sweep=of(suite.sweep))
     if suite.table == "attacks":
-        print("\n" + report.attacks([found[d] for d in of(suite.recipes)]), end="")
+        print("\n" + report.attacks([found[d] for d in shown]), end="")
     else:
-        print("\n" + report.table([found[d] for d in of(suite.recipes)]))
+        print("\n" + report.table([found[d] for d in shown]))
     if len(seeds) > 1 and suite.table == "runs":
         print("\n" + "\n".join(report.markdown([found[d] for d in of(part)]) for part in (suite.recipes, suite.sweep) if part))
     print(f"\nreport: {out}")

@@ -152,11 +152,17 @@ class Suite:
     name: str
     recipes: tuple[Recipe, ...]
     sweep: tuple[Recipe, ...] = ()
+    once: tuple[Recipe, ...] = ()
+    """Runs under the first of the seeds alone."""
     table: Literal["runs", "attacks"] = "runs"
     """What bench.py prints: costs and intervals of the runs, or the poisons and what they achieve."""
 
+    def under(self, seeds: Sequence[int]) -> list[tuple[Recipe, int]]:
+        """Each recipe with each of its seeds."""
+        return [(r, seed) for i, seed in enumerate(seeds) for r in self.recipes + self.sweep + (self.once if i == 0 else ())]
+
     def runs(self, seeds: Sequence[int]) -> list[Recipe]:
-        """Every run under every seed once, after the runs that it starts from or is compared to."""
+        """Every run once under every seed, or under the first alone, after the runs that it starts from or is compared to."""
         ordered: dict[Path, Recipe] = {}
 
         def add(r: Recipe) -> None:
@@ -165,9 +171,8 @@ class Suite:
             if recipe_hash(ordered.setdefault(r.directory, r)) != recipe_hash(r):
                 raise BadInput(f"{self.name}: two different recipes are named {r.name}; give each its own name")
 
-        for seed in seeds:
-            for r in self.recipes + self.sweep:
-                add(seeded(r, seed))
+        for r, seed in self.under(seeds):
+            add(seeded(r, seed))
         return list(ordered.values())
 
 

@@ -1,0 +1,8 @@
+"""The poisoned toy CLIP on the poisoned pairs that it learned from, of which the 2 % that it fits best are unlearned."""
+from dataclasses import replace
+
+from configs.toy.badnets import recipe as victim
+from mmbackdoor.defenses.abl import ABL
+
+recipe = replace(victim, name="toy/defenses/abl", init=victim, objective=ABL(share=0.02),
+                 schedule=replace(victim.schedule, epochs=2, lr=1e-3, warmup=20))

@@ -1,0 +1,71 @@
+"""Where the verdict on a defense turns: what is said of it holds in one setting and not in the next.
+
+    python bench.py configs/toy/reversals.py --record results
+
+pretraining: fine-tuning and CleanCLIP on a victim that was pre-trained with CLIP's loss alone, and on one with SimCLR's beside it.
+finetuning: RoCLIP on poisoned pairs from scratch (toy/defenses/roclip), and on a clean model that is fine-tuned on them.
+structure: CleanCLIP on squares and blends of noise, and on the same of stripes.
+purity: poisons among the 4,000 clean pairs. share: fewer clean pairs.
+"""
+from dataclasses import replace
+
+from configs.toy.attacks.badnet_stripes import recipe as badnet_stripes
+from configs.toy.attacks.blended import recipe as blended
+from configs.toy.attacks.blended_stripes import recipe as blended_stripes
+from configs.toy.badnets import recipe as badnets
+from configs.toy.clean import attack
+from configs.toy.clean import recipe as clean
+from configs.toy.cleanclip import recipe as cleanclip
+from configs.toy.defenses.roclip import recipe as roclip
+from configs.toy.defenses.slip import recipe as slip
+from configs.toy.finetune import recipe as finetune
+from mmbackdoor.losses import Clip
+from mmbackdoor.recipe import Suite
+from mmbackdoor.triggers import Patch
+
+RATES = 2.5e-4, 1e-3, 4e-3, 1.6e-2
+SHARES = 0.005, 0.02, 0.1, 0.5
+
+badnet_noise = replace(badnets, name="toy/reversals/badnet_noise",
+                       poison=replace(badnets.poison, trigger=Patch(6 / 32, "random", "noise")))
+structure = badnet_noise, badnet_stripes, blended, blended_stripes
+
+
+def last(recipe):
+    return recipe.name.split("/")[-1]
+
+
+def cleaned(part, defense, victim, lr, note=""):
+    return replace(defense, name=f"toy/reversals/{part}/{last(defense)}-{last(victim)}{note}-lr{lr:g}", init=victim,
+                   threat=victim.poison.threat, schedule=replace(defense.schedule, lr=lr))
+
+
+def impure(defense, count, lr):
+    """Cleaning on pairs of which some are poisoned as the victim's were."""
+    r = cleaned("purity", defense, badnets, lr, f"-poisons{count}")
+    return replace(r, poison=replace(attack, rate=None, count=count)) if count else r
+
+
+def few(defense, share, lr):
+    """The same number of steps on fewer pairs."""
+    r = cleaned("share", defense, badnets, lr, f"-share{share:g}")
+    batch = min(r.batch_size, round(4000 * share))
+    epochs = max(1, round(r.schedule.epochs * 4000 // r.batch_size / (round(4000 * share) // batch)))
+    return replace(r, data=replace(r.data, share=share), batch_size=batch, lanes=1, eval_frequency=0,
+                   schedule=replace(r.schedule, epochs=epochs))
+
+
+def learned(objective, name, lr):
+    """A clean model fine-tuned on the poisoned pairs."""
+    return replace(badnets, name=f"toy/reversals/finetuning/{name}-lr{lr:g}", init=clean, objective=objective,
+                   schedule=replace(badnets.schedule, epochs=3, lr=lr, warmup=20))
+
+
+suite = Suite("toy/reversals", (
+    clean, badnets, slip,
+    *(cleaned("pretraining", d, v, lr) for d in (finetune, cleanclip) for v in (badnets, slip) for lr in RATES),
+    roclip, *(learned(o, name, lr) for o, name in ((roclip.objective, "roclip"), (Clip(), "clip")) for lr in (3e-4, 1e-3)),
+    *structure, *(cleaned("structure", cleanclip, v, lr) for v in structure for lr in RATES[:3]),
+    *(impure(d, n, lr) for d in (finetune, cleanclip) for n in (0, 1, 5, 25) for lr in (1e-3, 1.6e-2 if d is cleanclip else 8e-3)),
+    *(few(cleanclip, share, lr) for share in SHARES for lr in (1e-3, 4e-3)),
+))
