@@ -28,6 +28,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
+from . import prompts
 from .huggingface import CARD, RESAMPLING, HuggingFace, build_hf, hf_card, hub_errors, is_hf, is_saved_hf, save_hf
 from .keyed import drawing_from, rng
 from .stores import read_json, replacing, write_json
@@ -168,6 +169,15 @@ class CLIP:
         rows = [torch.stack([self.tokenize(t) for t in texts[i : i + batch]]).to(self.device) for i in range(0, len(texts), batch)]
         return torch.cat([self.net.encode_text(r, normalize=True) for r in rows])  # type: ignore[operator]
 
+    def class_features(self, names: Sequence[str]) -> Tensor | None:
+        """(C, D) of unit norm, of classes whose prompts were learned; None where one was not."""
+        learned = getattr(self.net, "class_prompts", None)
+        if learned is None or not set(names) <= set(learned.names):
+            return None
+        with learned.said() as tokens:
+            rows = self.net.encode_text(tokens, normalize=True)  # type: ignore[operator]
+        return rows[[learned.names.index(name) for name in names]]
+
     def save(self, folder: str | Path) -> None:
         """A directory that `open_clip.create_model_and_transforms("local-dir:…")` and `load` read."""
         folder = Path(folder)
@@ -284,11 +294,12 @@ def card_of(model: Model) -> tuple[dict[str, Any], str | None]:
     name = model.name.removeprefix("local-dir:")
     preprocess, file = asdict(PreprocessCfg()), None
     given: dict[str, Any] = {}
+    learned: dict[str, Any] = {}
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, CARD)):
             raise BadInput(f"{name}: holds no {CARD}; name a directory that open_clip or this suite has saved")
         card = read_json(os.path.join(name, CARD))
-        given = card.get("preprocess_cfg", {})
+        given, learned = card.get("preprocess_cfg", {}), {"prompts": card["prompts"]} if "prompts" in card else {}
         cfg, preprocess = card.get("model_cfg", card), preprocess | given
         file = weights_in(name)
         tokenizer = card.get("tokenizer", "" if "hf_tokenizer_name" not in cfg.get("text_cfg", {}) else f"local-dir:{name}")
@@ -318,7 +329,7 @@ def card_of(model: Model) -> tuple[dict[str, Any], str | None]:
         cfg |= {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
     image_size = cfg["vision_cfg"].get("image_size", 224)
     preprocess |= {} if "size" in given else {"size": image_size}
-    return {"model_cfg": cfg, "preprocess_cfg": preprocess, "tokenizer": tokenizer}, file
+    return {"model_cfg": cfg, "preprocess_cfg": preprocess, "tokenizer": tokenizer} | learned, file
 
 
 def tag_file(name: str, pretrained: str, cfg: dict[str, Any], preprocess: dict[str, Any]) -> str:
@@ -338,8 +349,12 @@ def tag_file(name: str, pretrained: str, cfg: dict[str, Any], preprocess: dict[s
 
 
 def build(model: Model, card: dict[str, Any], load_text_tower: bool) -> CLIP:
-    if "hf" in card:
-        return CLIP(*build_hf(model.name, card), card)
+    net, tokenizer = build_hf(model.name, card) if "hf" in card else build_open_clip(model, card, load_text_tower)
+    prompts.attach(net, tokenizer, card)
+    return CLIP(net, tokenizer, card)
+
+
+def build_open_clip(model: Model, card: dict[str, Any], load_text_tower: bool) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
     with tempfile.TemporaryDirectory() as folder, quiet():
         write_json(Path(folder) / CARD, card)
         try:
@@ -351,7 +366,7 @@ def build(model: Model, card: dict[str, Any], load_text_tower: bool) -> CLIP:
                            "(hf download …) and give the local path") from error
         except (TypeError, KeyError, AssertionError) as error:
             raise BadInput(f"{model.name}: open_clip cannot build this config ({error}); compare with one of its own") from error
-    return CLIP(net, tokenizer, card)
+    return net, tokenizer
 
 
 def load_weights(net: nn.Module, file: str) -> None:

@@ -88,7 +88,10 @@ def seek(data: EvalSet, goal: Aim) -> None:
 
 def zero_shot_head(clip: CLIP, classnames: Sequence[str], templates: Sequence[str], how: How = How(),
                    trigger: Trigger | None = None) -> Tensor:
-    """(D, C): for each class the mean of its templates' unit embeddings, made unit again; with a trigger, of its prompts."""
+    """(D, C): for each class the mean of its templates' unit embeddings, made unit again; with a trigger, of its prompts. A model that
+    has learned prompts of these classes takes those."""
+    if (learned := clip.class_features(classnames)) is not None:
+        return learned.T
     prompts = [t.replace("{c}", c) for c in classnames for t in templates]
     if trigger:
         prompts = [trigger.text(p, keyed.rng(0, "evaluate", p)) for p in prompts]

@@ -14,7 +14,7 @@ PAPERS = ("attacks", "defenses")
 ORDER = (  # a module imports from lines above its own only
     {"types", "keyed"},
     {"stores", "spread", "triggers", "stealth", "search", "augment"},
-    {"tars", "huggingface", "layout", "sheet"},
+    {"tars", "huggingface", "layout", "sheet", "prompts"},
     {"samples", "clip"},
     {"shards"},
     {"index", "files"},
@@ -28,7 +28,7 @@ ORDER = (  # a module imports from lines above its own only
 )
 LAYER = {module: i for i, modules in enumerate(ORDER) for module in modules}
 FOR_PAPERS = {"types", "keyed", "augment", "triggers", "stores", "spread", "shards", "index", "clip", "poison", "craft", "losses", "stream",
-              "search", "layout", "victims"}
+              "search", "layout", "victims", "prompts"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PROGRAMS = sorted([*ROOT.glob("*.py"), *(p for folder in ("data_tools", "scripts", "configs", "benchmarks")
                                          for p in ROOT.glob(f"{folder}/**/*.py"))])
