@@ -196,8 +196,7 @@ def source_hash(kind: type) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON: a dataclass becomes {"class": …, field: …}, without what it keeps while it runs. Methods of the user's own are told
-    by their source."""
+    """A value as JSON: a dataclass becomes {"class": …, field: …}. Methods of the user's own are told by their source."""
     if isinstance(value, Path):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -205,7 +204,7 @@ def plain(value: Any) -> Any:
         out = {"class": f"{kind.__module__}.{kind.__qualname__}"}
         if not kind.__module__.startswith("mmbackdoor."):
             out["source_hash"] = source_hash(kind)
-        return out | {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return out | {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -223,7 +222,7 @@ def mapped(value: T, change: Callable[[str], str]) -> T:
         new = tuple(mapped(v, change) for v in value)
         return value if all(a is b for a, b in zip(value, new, strict=True)) else new  # type: ignore[return-value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         different = {name: new for name, v in fields.items() if (new := mapped(v, change)) is not v}
         return replace(value, **different) if different else value
     return value

@@ -20,6 +20,7 @@ from configs.toy.defenses.abd import recipe as abd
 from configs.toy.defenses.abl import recipe as abl
 from configs.toy.defenses.augmented import recipe as augmented
 from configs.toy.defenses.augmented_finetune import recipe as augmented_finetune
+from configs.toy.defenses.cbpt import recipe as cbpt
 from configs.toy.defenses.cleanclip_symmetric import recipe as cleanclip_symmetric
 from configs.toy.defenses.cleanerclip import recipe as cleanerclip
 from configs.toy.defenses.compress import recipe as compress
@@ -28,6 +29,8 @@ from configs.toy.defenses.last_layer import recipe as last_layer
 from configs.toy.defenses.localized import recipe as localized
 from configs.toy.defenses.par import recipe as par
 from configs.toy.defenses.roclip import recipe as roclip
+from configs.toy.defenses.rvpt import recipe as rvpt
+from configs.toy.defenses.rvpt import victim as vit
 from configs.toy.defenses.safeclip import recipe as safeclip
 from configs.toy.defenses.slip import recipe as slip
 from configs.toy.defenses.tbar import recipe as tbar
@@ -41,17 +44,17 @@ VICTIMS = {"badnets": badnets, "blended": blended, "wanet": wanet, "stripes": st
            "badclip": strong_badclip, "tdpa": tdpa}
 PRETRAINING = roclip, safeclip, localized
 CLEANING = finetune, cleanclip, par, abd, tbar
-OTHERS = slip, augmented, cleanclip_symmetric, cleanerclip, augmented_finetune, last_layer, compress, fine_pruning, abl, ubt
+OTHERS = slip, augmented, cleanclip_symmetric, cleanerclip, augmented_finetune, last_layer, compress, fine_pruning, abl, ubt, cbpt
 RATES = 2.5e-4, 1e-3, 4e-3, 1.6e-2
 SCRATCH = 2.5e-4, 5e-4, 1e-3, 2e-3
 """Learning rates of the sweeps; those of defenses that train from scratch lie about the victim's."""
 
 
-def against(recipe, victim):
-    """The defense of toy/badnets put to another victim."""
-    if victim is badnets:
+def against(recipe, victim, called):
+    """The defense of a BadNets victim put to another."""
+    if recipe.poison == victim.poison or recipe.threat and recipe.init == victim:
         return recipe
-    name = f"toy/defenses/{recipe.name.split('/')[-1]}-{next(k for k, v in VICTIMS.items() if v is victim)}"
+    name = f"toy/defenses/{recipe.name.split('/')[-1]}-{called}"
     data = replace(victim.data, train=recipe.data.train)
     if recipe.init is None:  # BadCLIP's own victim was a clean model before
         return replace(victim, name=name, init=None, objective=recipe.objective, schedule=recipe.schedule)
@@ -81,12 +84,17 @@ def applies(recipe, victim):
     return not recipe.donor or victim.poison.threat.trigger.seen
 
 
-table = [against(d, v) for v in VICTIMS.values() for d in PRETRAINING + CLEANING if applies(d, v)]
+table = [against(d, v, name) for name, v in VICTIMS.items() for d in PRETRAINING + CLEANING if applies(d, v)]
 sweeps = [at(d, lr=lr) for d in PRETRAINING + (slip, augmented) for lr in SCRATCH]
 sweeps += [at(d, lr=lr) for d in (par, abd, cleanerclip, cleanclip_symmetric, augmented_finetune, last_layer, fine_pruning, abl, ubt)
            for lr in RATES]
 sweeps += [at(compress, lr=lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)]
 sweeps += [edited(tbar, scale=s) for s in (0.25, 0.5, 1.0, 2.0)] + [edited(fine_pruning, share=s) for s in (0.25, 0.5, 0.75, 0.95)]
-once = [against(d, VICTIMS[name]) for d in OTHERS for name in ("badnets", "blended", "stripes")] + sweeps
+sweeps += [at(d, lr=lr) for d in (rvpt, cbpt) for lr in (2e-3, 8e-3, 2e-2, 8e-2)]
+THREE = "badnets", "blended", "stripes"
+vits = {name: vit if name == "badnets" else replace(VICTIMS[name], name=f"toy/defenses/victim-vit-{name}", model=vit.model,
+                                                    reference=vit.reference) for name in THREE}
+once = [against(d, VICTIMS[name], name) for d in OTHERS for name in THREE] + sweeps
+once += [vit.reference, *vits.values(), *(against(rvpt, v, name) for name, v in vits.items())]
 
 suite = Suite("toy/defenses", (clean, *VICTIMS.values(), *table), once=tuple(once))
