@@ -55,17 +55,17 @@ def _get(value: Any, *path: str) -> Any:
     return value
 
 
-def _number(value: Any, *path: str) -> float | None:
+def number(value: Any, *path: str) -> float | None:
     """The finite number at `path`, or None: a null, text and the NaN of a diverged run all count as missing."""
     found = _get(value, *path)
     usable = isinstance(found, (int, float)) and not isinstance(found, bool) and math.isfinite(found)
     return float(found) if usable else None
 
 
-def _text(value: Any, scale: float = 100, digits: int = 1) -> str:
+def per_cent(value: Any, scale: float = 100, digits: int = 1) -> str:
     """Per cent, or with scale 1 the value: one decimal, a true minus (never before zero), a dash for the missing."""
-    number = _number(value)
-    return DASH if number is None else f"{round(scale * number, digits) + 0.0:.{digits}f}".replace("-", MINUS)
+    found = number(value)
+    return DASH if found is None else f"{round(scale * found, digits) + 0.0:.{digits}f}".replace("-", MINUS)
 
 
 def _row(result: Result) -> dict[str, Any]:
@@ -75,21 +75,21 @@ def _row(result: Result) -> dict[str, Any]:
     for key in ("accuracy", "asr"):
         pair = _get(zero_shot, f"{key}_ci95")
         low, high = pair if isinstance(pair, (list, tuple)) and len(pair) == 2 else (None, None)
-        row |= {key: _number(zero_shot, key), f"{key}_low": _number(low), f"{key}_high": _number(high)}
-    row |= {key: _number(zero_shot, key) for key in ("asr_reference", "lift")}
-    checked, seconds = _number(result, "metrics", "validation", "accuracy"), _number(result, "cost", "train_seconds")
+        row |= {key: number(zero_shot, key), f"{key}_low": number(low), f"{key}_high": number(high)}
+    row |= {key: number(zero_shot, key) for key in ("asr_reference", "lift")}
+    checked, seconds = number(result, "metrics", "validation", "accuracy"), number(result, "cost", "train_seconds")
     return row | {"validation": checked, "train_seconds": seconds}
 
 
 def _cells(result: Result) -> list[str]:
     """The row as text, in the order of HEADERS."""
     row = _row(result)
-    texts = {key: _text(row[key]) for key in ("accuracy", "asr", "asr_reference", "lift")}
+    texts = {key: per_cent(row[key]) for key in ("accuracy", "asr", "asr_reference", "lift")}
     for key in ("accuracy", "asr"):
         if None not in (row[key], row[f"{key}_low"], row[f"{key}_high"]):
-            texts[key] += f" [{_text(row[f'{key}_low'])}, {_text(row[f'{key}_high'])}]"
+            texts[key] += f" [{per_cent(row[f'{key}_low'])}, {per_cent(row[f'{key}_high'])}]"
     seed = DASH if row["seed"] is None else str(row["seed"])
-    return [row["run"], seed, *texts.values(), _text(row["train_seconds"], 1)]
+    return [row["run"], seed, *texts.values(), per_cent(row["train_seconds"], 1)]
 
 
 def table(results: Sequence[Result]) -> str:
@@ -109,8 +109,8 @@ def csv(results: Sequence[Result]) -> str:
     writer.writerow([run, seed, *(f"{key}_percent" for key in measures), seconds, *(f"{key}_percent" for key in MORE)])
     for result in results:
         row = _row(result)
-        more = (_text(_get(result, "metrics", *path)) for path in MORE.values())
-        texts = [*(_text(row[key]) for key in measures), _text(row[seconds], 1), *more]
+        more = (per_cent(_get(result, "metrics", *path)) for path in MORE.values())
+        texts = [*(per_cent(row[key]) for key in measures), per_cent(row[seconds], 1), *more]
         writer.writerow([row[run], row[seed], *(t.replace(MINUS, "-").replace(DASH, "") for t in texts)])
     return out.getvalue()
 
@@ -186,32 +186,33 @@ def _put_together(rows: Iterable[dict[str, Any]], keys: Iterable[str]) -> list[d
     ]
 
 
-def _ranged(entry: dict[str, Any], key: str) -> str:
+def ranged(entry: dict[str, Any], key: str) -> str:
     """Mean (lowest to highest) as text, and of how many values when some seeds lack one."""
     spread, (scale, digits) = entry[key] or {"n": 0}, UNITS.get(key, (100, 1))
-    mean, low, high = (_text(spread.get(part), scale, digits) for part in ("mean", "min", "max"))
+    mean, low, high = (per_cent(spread.get(part), scale, digits) for part in ("mean", "min", "max"))
     text = f"{mean} ({low} to {high})" if spread["n"] > 1 else mean
     return text if spread["n"] in (0, entry["seeds"]) else f"{text}, n = {spread['n']}"
 
 
 def _summary_rows(results: Sequence[Result]) -> list[list[str]]:
     head = ["run", "seeds", "accuracy %", "ASR %", "lift (points)", "train (s)"]
-    return [head, *([e["name"], str(e["seeds"]), *(_ranged(e, key) for key in MEASURES[:4])] for e in summary(results))]
+    return [head, *([e["name"], str(e["seeds"]), *(ranged(e, key) for key in MEASURES[:4])] for e in summary(results))]
 
 
 def markdown(results: Sequence[Result]) -> str:
     """A Markdown table, one line per name: the mean over seeds and, in brackets, the lowest to the highest."""
-    return _marked_down(_summary_rows(results))
+    return marked_down(_summary_rows(results))
 
 
-def _marked_down(table: list[list[str]]) -> str:
+def marked_down(table: list[list[str]]) -> str:
+    """A Markdown table of rows of text, the first of them its head."""
     rows = [[re.sub(r"([\\|`*_<\[])", r"\\\1", " ".join(c.split())) for c in row] for row in table]
     rows.insert(1, ["---"] + ["---:"] * (len(rows[0]) - 1))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _share(of: Any, whole: Any) -> float | None:
-    part, all_of_it = _number(of), _number(whole)
+    part, all_of_it = number(of), number(whole)
     return part / all_of_it if part is not None and all_of_it else None
 
 
@@ -220,10 +221,10 @@ def _attack_row(result: Result) -> dict[str, Any]:
     data, zero_shot = _get(result, "data"), _get(result, "metrics", "zero_shot")
     row = {"run": str(_get(result, "name") or DASH), "seed": _get(result, "seed"),
            "poisoned": _share(_get(data, "poisoned"), _get(data, "pairs")),
-           "psnr": _number(data, "stealth", "psnr_mean"), "ssim": _number(data, "stealth", "ssim_mean")}
-    row |= {key: _number(zero_shot, key) for key in ("accuracy", "asr", "asr_reference", "lift")}
+           "psnr": number(data, "stealth", "psnr_mean"), "ssim": number(data, "stealth", "ssim_mean")}
+    row |= {key: number(zero_shot, key) for key in ("accuracy", "asr", "asr_reference", "lift")}
     for key in ("asr_image_to_text_hit1", "asr_text_to_image_hit10"):
-        row |= {name: _number(result, "metrics", "retrieval", name) for name in (key, f"{key}_reference")}
+        row |= {name: number(result, "metrics", "retrieval", name) for name in (key, f"{key}_reference")}
     return row
 
 
@@ -250,13 +251,13 @@ def attacks(results: Sequence[Result]) -> str:
     Where a run fires several threats the line has the mean over them and says so; a line each, named, comes beneath.
     """
     rows = _put_together((row for result in results for row in _attack_rows(result)), ATTACKS)
-    body = [[e["name"], str(e["seeds"]), *(_ranged(e, key) for key in ATTACKS)] for e in rows]
-    return _marked_down([["run", "seeds", *ATTACKS.values()], *body])
+    body = [[e["name"], str(e["seeds"]), *(ranged(e, key) for key in ATTACKS)] for e in rows]
+    return marked_down([["run", "seeds", *ATTACKS.values()], *body])
 
 
 def _rate(result: Result) -> float | None:
     """The learning rate, of the recipe itself or of its schedule."""
-    return _number(result, "recipe", "lr") or _number(result, "recipe", "schedule", "lr")
+    return number(result, "recipe", "lr") or number(result, "recipe", "schedule", "lr")
 
 
 def select(results: Sequence[Result], by: Sequence[str] = ("validation", "accuracy")) -> Result:
@@ -268,7 +269,7 @@ def select(results: Sequence[Result], by: Sequence[str] = ("validation", "accura
     if by[-1].startswith("asr") or by[-1] in ("lift", "robust_accuracy"):
         raise BadInput(f"cannot select by {'.'.join(by)}: it is measured with the trigger; use a clean measure")
     for path in (by, ("zero_shot", "accuracy")):
-        known = [(_number(r, "metrics", *path), _rate(r) or math.inf, r) for r in results]
+        known = [(number(r, "metrics", *path), _rate(r) or math.inf, r) for r in results]
         if rated := [(value, -lr, result) for value, lr, result in known if value is not None]:
             return max(rated, key=lambda entry: entry[:2])[2]
     raise BadInput(f"nothing to select from: no result has metrics.{'.'.join(by)} or metrics.zero_shot.accuracy")
@@ -345,7 +346,7 @@ def _curves(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
     """SVG of loss, accuracy and ASR over the epochs, by title."""
     plots = {}
     for key, label, scale in (("loss", "loss", 1), *((key, label, 100) for key, label in PERCENT.items())):
-        values = [[(float(row["epoch"]), _number(row, key)) for row in run["log"]] for run in runs]
+        values = [[(float(row["epoch"]), number(row, key)) for row in run["log"]] for run in runs]
         plots[label] = _plot(key, [[(x, *[scale * y] * 3) for x, y in line if y is not None] for line in values])
     return plots
 
@@ -397,6 +398,6 @@ def html(title: str, runs: Sequence[Path], out: Path, sweep: Sequence[Path] = ()
         {"title": title, "runs": found, "swept": swept, "curves": _curves(found), "headers": HEADERS, "styles": STYLES},
         means=_summary_rows([run["result"] for run in found]),
         sweep=_sweep([run["result"] for run in swept]),
-        **{"get": _get, "text": _text, "cells": _cells, "small": _small, "rate": _rate},
+        **{"get": _get, "text": per_cent, "cells": _cells, "small": _small, "rate": _rate},
     )
     _replace(Path(out), page)

@@ -133,8 +133,9 @@ def test_the_reckoning_for_billions_of_pairs_is_that_of_the_recorded_rates(capsy
     assert f"{m['bytes_per_pair']:,.0f} bytes" in text and f"{m['plan_bytes_per_key']:.0f} bytes a planned key" in text
 
 
-@pytest.mark.parametrize("name", ["toy/all_attacks", "toy/attack_sweeps", "toy/badclip", "toy/compat", "emoji/all_attacks"])
-def test_every_recorded_attack_is_of_the_recipe_as_it_is_now(name):
+@pytest.mark.parametrize("name", ["toy/all_attacks", "toy/attack_sweeps", "toy/badclip", "toy/compat", "emoji/all_attacks",
+                                  "toy/all_defenses", "toy/reversals"])
+def test_every_recorded_run_of_a_suite_is_of_the_recipe_as_it_is_now(name):
     suite = recipe.load_suite(f"configs/{name}.py")
     for r in suite.runs(SEEDS):
         if r.name.startswith(f"{suite.name}/") and (ROOT / "results" / f"{r.name}-seed{r.seed}.json").is_file():
@@ -142,20 +143,24 @@ def test_every_recorded_attack_is_of_the_recipe_as_it_is_now(name):
             assert found["recipe_hash"] == recipe.recipe_hash(r), f"{r.name} seed {r.seed}: run bench.py --record results again"
 
 
-def test_the_page_of_attacks_quotes_those_that_are_recorded(tmp_path):
-    page = (ROOT / "docs/attacks.md").read_text()
-    (tmp_path / "page.md").write_text(re.sub(r"^\| (toy|emoji)/.*\n", "", page, flags=re.MULTILINE))
-    load_program("benchmarks/attacks").main(page=str(tmp_path / "page.md"))
-    assert (tmp_path / "page.md").read_text() == page, "write it again: python benchmarks/attacks.py --page docs/attacks.md"
+@pytest.mark.parametrize("what", ["attacks", "defenses"])
+def test_the_pages_quote_what_is_recorded(what, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    page = (ROOT / f"docs/{what}.md").read_text()
+    (tmp_path / "page.md").write_text(re.sub(r"(?m)^(<!-- .*-->\n\|.*\n\|.*\n)(\|.*\n)*", r"\1", page))
+    monkeypatch.chdir(ROOT)
+    load_program(f"benchmarks/{what}").main(page=str(tmp_path / "page.md"))
+    assert (tmp_path / "page.md").read_text() == page, f"write it again: python benchmarks/{what}.py --page docs/{what}.md"
     with pytest.raises(BadInput, match="no line <!-- toy/attacks -->"):
-        load_program("benchmarks/attacks").filled("", {"toy/attacks": ""})
+        load_program("benchmarks/pages").filled("", {"toy/attacks": ""})
 
 
-def test_the_page_of_attacks_names_every_paper():
-    text = (ROOT / "docs/attacks.md").read_text()
-    for path in (ROOT / "mmbackdoor/attacks").glob("*.py"):
+@pytest.mark.parametrize("what", ["attacks", "defenses"])
+def test_the_pages_name_every_paper(what):
+    text = (ROOT / f"docs/{what}.md").read_text()
+    for path in (ROOT / "mmbackdoor" / what).glob("*.py"):
         number = re.search(r"arXiv:(\d{4}\.\d{4,5})", path.read_text())
-        assert not number or (number[1] in text and path.stem in text), f"{path.name} is not in docs/attacks.md"
+        assert not number or (number[1] in text and path.stem in text), f"{path.name} is not in docs/{what}.md"
 
 
 @pytest.mark.parametrize("name", ["cleanclip", "finetune"])

@@ -37,6 +37,7 @@ from configs.toy.defenses.tbar import recipe as tbar
 from configs.toy.defenses.tbar import triggered
 from configs.toy.defenses.ubt import recipe as ubt
 from configs.toy.finetune import recipe as finetune
+from configs.toy.results import suite as first
 from mmbackdoor.recipe import Suite
 
 strong_badclip = replace(badclip, name="toy/defenses/victim-badclip", poison=replace(badclip.poison, rate=0.02))
@@ -90,6 +91,7 @@ sweeps += [at(d, lr=lr) for d in (par, abd, cleanerclip, cleanclip_symmetric, au
            for lr in RATES]
 sweeps += [at(compress, lr=lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)]
 sweeps += [edited(tbar, scale=s) for s in (0.25, 0.5, 1.0, 2.0)] + [edited(fine_pruning, share=s) for s in (0.25, 0.5, 0.75, 0.95)]
+sweeps += first.sweep
 sweeps += [at(d, lr=lr) for d in (rvpt, cbpt) for lr in (2e-3, 8e-3, 2e-2, 8e-2)]
 THREE = "badnets", "blended", "stripes"
 vits = {name: vit if name == "badnets" else replace(VICTIMS[name], name=f"toy/defenses/victim-vit-{name}", model=vit.model,

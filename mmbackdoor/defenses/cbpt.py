@@ -19,7 +19,7 @@ in 2 the classifier is taught on these images, without the paper's further contr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -50,10 +50,6 @@ class CBPT(Objective):
     steps: int = 200
     rate: float = 0.1
     pairs: int = 256
-    learned: prompts.ClassPrompts | None = field(default=None, init=False, repr=False)
-    found: Tensor = field(default_factory=lambda: torch.empty(0), init=False, repr=False)
-    """Logits of the patch and its mask, (4, H, W)."""
-    normalise: Callable[[Tensor], Tensor] | None = field(default=None, init=False, repr=False)
 
     @property
     def views(self) -> Mapping[str, View]:  # type: ignore[override]
@@ -66,7 +62,9 @@ class CBPT(Objective):
         clip.card["prompts"] = {**clip.card.get("prompts", {}), "classes": list(self.classes), "words": self.words}
         prompts.attach(clip.net, clip.tokenizer, {"prompts": {"classes": self.classes, "words": self.words}})
         clip.net.to(clip.device)
-        self.learned, self.normalise = clip.net.class_prompts, clip.normalise  # type: ignore[assignment]
+        self.learned: prompts.ClassPrompts = clip.net.class_prompts  # type: ignore[assignment]
+        self.normalise = clip.normalise
+        self.found = torch.empty(0)  # logits of the patch and its mask, (4, H, W)
 
     def start_epoch(self, clip: CLIP, batches: Callable[[], Iterable[Batch]], epoch: int) -> None:
         if len(self.found):
@@ -99,7 +97,6 @@ class CBPT(Objective):
         return found.detach()
 
     def stamped(self, images: Tensor, found: Tensor) -> Tensor:
-        assert self.normalise is not None
         patch, mask = self.normalise(found[:3].sigmoid()), found[3].sigmoid()
         return images + mask * (patch - images)
 
@@ -110,7 +107,6 @@ class CBPT(Objective):
         self.found = state["found"]
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        assert self.learned is not None
         model.eval()
         images = batch["image"]
         if self.triggered:

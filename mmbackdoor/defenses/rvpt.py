@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,8 +51,6 @@ class RVPT(Objective):
 
     n: int = 44
     alpha: float = 1.0
-    net: nn.Module = field(default_factory=nn.Identity, init=False, repr=False)
-    before: nn.Module = field(default_factory=nn.Identity, init=False, repr=False)
 
     def setup(self, clip: CLIP) -> None:
         clip.net.requires_grad_(False)

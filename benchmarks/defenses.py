@@ -1,0 +1,144 @@
+"""The tables of defenses in docs/defenses.md, and the picture there, from the recorded results.
+
+    python benchmarks/defenses.py --page docs/defenses.md --picture docs/defenses.svg
+
+Defenses stand in order of the area under their front: of the settings of a defense that are recorded for an attack, each covers the
+rectangle of lower accuracy and higher attack success, and the area is that of all of them together. 1 is a model that errs nowhere and is
+never misled.
+"""
+import io
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from pages import recorded, show
+
+from mmbackdoor import report, stores
+from mmbackdoor.recipe import Recipe, command, load_module, load_suite
+
+CONFIG, REVERSALS = "configs/toy/all_defenses.py", "configs/toy/reversals.py"
+HEADERS = "defense", "seeds", "area", "accuracy %", "ASR %", "lift (points)", "time"
+Result = dict[str, Any]
+
+
+def last(name: str) -> str:
+    return name.split("/")[-1]
+
+
+def mean(results: Sequence[Result], *path: str) -> float | None:
+    """Over the seeds that have the number."""
+    known = [value for r in results if (value := report.number(r, *path)) is not None]
+    return statistics.fmean(known) if known else None
+
+
+def point(results: Sequence[Result]) -> tuple[float, float] | None:
+    """Accuracy and attack success, means over the seeds."""
+    accuracy, asr = (mean(results, "metrics", "zero_shot", key) for key in ("accuracy", "asr"))
+    return None if accuracy is None or asr is None else (accuracy, asr)
+
+
+def area(points: Sequence[tuple[float, float]]) -> float:
+    """Of what is worse in both than some point, (accuracy, ASR) each, in the unit square."""
+    total, best = 0.0, 0.0
+    for accuracy, asr in sorted(points, key=lambda p: (p[1], -p[0])):  # from the lowest attack success on
+        if accuracy > best:
+            total += (accuracy - best) * (1 - asr)
+            best = accuracy
+    return total
+
+
+def settings(suite: Any, defense: Recipe, victim: Recipe, called: str) -> list[Recipe]:
+    """The runs of a defense against a victim: the one of the table, and of its sweep, where that victim was swept."""
+    own = suite.against(defense, victim, called)
+    name = last(defense.name)
+    swept = [r for r in suite.sweeps if last(r.name).startswith(tuple(f"{name}-{what}" for what in ("lr", "scale", "share")))]
+    return [own, *(swept if own is defense else [])]
+
+
+def ranking(suite: Any, victim: Recipe, called: str, results: str) -> tuple[str, dict[str, list[tuple[float, float]]]]:
+    """The table of an attack, and the points of its picture."""
+    before = recorded([victim], results)
+    if not before:
+        return "", {}
+    defenses = [d for d in suite.PRETRAINING + suite.CLEANING + suite.OTHERS if suite.applies(d, victim)]
+    plain = mean(recorded([suite.against(suite.finetune, victim, called)], results), "cost", "train_seconds")
+    trained = mean(before, "cost", "train_seconds")
+    rows, drawn = [], {"none": [p] if (p := point(before)) else []}
+    for d in defenses:
+        runs = settings(suite, d, victim, called)
+        own = recorded(runs[:1], results)
+        points = [p for r in runs if (p := point(recorded([r], results)))]
+        if not own or not points:
+            continue
+        drawn[last(d.name)] = points
+        of, what = (plain, "") if runs[0].init else (trained, " of training")
+        took = mean(own, "cost", "train_seconds")
+        time = f"{took / of:.2f}{what}" if took and of else report.DASH
+        entry = report.summary(own)[0]
+        rows.append((area(points), [last(d.name), str(entry["seeds"]), f"{area(points):.3f}",
+                                    *(report.ranged(entry, key) for key in ("accuracy", "asr", "lift")), time]))
+    entry = report.summary(before)[0]
+    first = ["none", str(entry["seeds"]), f"{area(drawn['none']):.3f}", *(report.ranged(entry, key) for key in ("accuracy", "asr", "lift")),
+             report.DASH]
+    return report.marked_down([list(HEADERS), first, *(row for _, row in sorted(rows, key=lambda r: -r[0]))]), drawn
+
+
+def sweep(suite: Any, results: str) -> str:
+    """Every setting of every sweep."""
+    rows = [["setting", "learning rate", "chosen", "validation accuracy %", "accuracy %", "ASR %"]]
+    for d in suite.PRETRAINING + suite.CLEANING + suite.OTHERS + (suite.rvpt,):
+        victim = d.init or suite.badnets
+        for r in settings(suite, d, victim, "badnets"):
+            if found := recorded([r], results):
+                checked, there = mean(found, "metrics", "validation", "accuracy"), point(found) or (None, None)
+                rows.append([last(r.name), f"{r.schedule.lr:g}", "yes" if r is d else "", *(report.per_cent(v) for v in (checked, *there))])
+    return report.marked_down(rows) if len(rows) > 1 else ""
+
+
+def picture(drawn: dict[str, dict[str, list[tuple[float, float]]]]) -> str:
+    """SVG: for each attack the accuracy of each defense's settings against their attack success."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for points in drawn.values() for name in points))
+    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    with matplotlib.rc_context({"svg.hashsalt": "defenses", "svg.fonttype": "none", "font.size": 8}):
+        fig = Figure(figsize=(10, 2.6 * ((len(drawn) + 3) // 4)), layout="constrained")
+        panels = fig.subplots((len(drawn) + 3) // 4, 4, squeeze=False).flat
+        for (attack, points), axes in zip(drawn.items(), panels, strict=False):
+            for name, found in points.items():
+                place = names.index(name)
+                x, y = ([100 * p[i] for p in sorted(found)] for i in (1, 0))
+                axes.plot(x, y, linestyle="", marker="os^D"[place // 20], markersize=4, color=colours[place % 20], label=name)
+            axes.set(title=attack, xlabel="ASR %", ylabel="accuracy %", xlim=(-3, 103))
+            axes.grid(alpha=0.25)
+        for axes in list(panels)[len(drawn) :]:
+            axes.set_visible(False)
+        handles = {label: h for axes in fig.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=8)
+        fig.savefig(out := io.StringIO(), format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    return out.getvalue()
+
+
+def main(results: str = "results", page: str = "", picture_to: str = "") -> None:
+    """Prints the tables, or writes them into a page.
+
+    Args:
+        results: Folder of the recorded results.
+        page: Markdown file with a line <!-- NAME --> for each table.
+        picture_to: SVG file of accuracy against attack success.
+    """
+    suite = load_module(CONFIG)
+    tables, drawn = {}, {}
+    for name, victim in suite.VICTIMS.items():
+        tables[f"toy/defenses {name}"], drawn[name] = ranking(suite, victim, name, results)
+    tables["toy/defenses sweeps"] = sweep(suite, results)
+    tables["toy/reversals"] = report.markdown(recorded(load_suite(REVERSALS).recipes, results))
+    show({name: table for name, table in tables.items() if table}, page)
+    if picture_to:
+        with stores.replacing(picture_to) as temporary:
+            temporary.write_text(picture({name: points for name, points in drawn.items() if points}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    command(main)
