@@ -26,6 +26,8 @@ from PIL import Image
 
 from mmbackdoor import clip, fit, poison, shards
 from mmbackdoor.clip import Augment, Model
+from mmbackdoor.defenses.abl import ABL
+from mmbackdoor.defenses.cbpt import CBPT
 from mmbackdoor.defenses.cleanclip import CleanCLIP
 from mmbackdoor.defenses.tbar import TBAR
 from mmbackdoor.fit import Schedule
@@ -91,7 +93,7 @@ def test_a_recipe_fires_something_and_says_where_its_model_is(path: str) -> None
     for r in recipes(path):
         assert r.fires is not None and r.data.path("zero_shot") and "{root}" not in r.data.path("train")
         assert not r.model.name.endswith(".json") or (ROOT / r.model.name).is_file()
-        assert r.schedule.epochs >= 1 and r.directory == Path("runs") / r.name
+        assert (r.schedule.epochs >= 1 or r.edit) and r.directory == Path("runs") / r.name
         if r.poison is None and isinstance(r.init, Recipe) and r.init.poison is not None:
             assert r.threat == r.init.fires, "a cleaned victim is measured under the threat that it was poisoned with"
             assert r.data.path("train") != r.init.data.path("train"), "a defender trains on data of his own"
@@ -439,11 +441,13 @@ def one_step(r: Recipe, model: clip.CLIP) -> tuple[dict[str, float], list[str], 
     objective.setup(model)
     optimizer = torch.optim.AdamW(fit.groups(model.net, r.schedule.wd), lr=r.schedule.lr_at(0, 100))
     net, optimizer = accelerator.prepare(model.net, optimizer)
-    batch = next(iter(stream.batches(0)))
-    assert batch["image"].shape == (4, 3, 224, 224) and batch["text"].shape == (4, 77)
-    before = model.net.visual.conv1.weight.detach().clone()
+    last = r.schedule.epochs - 1
+    objective.start_epoch(model, lambda: stream.batches(last), last)
+    batch = next(iter(stream.batches(last)))
+    assert batch["text"].shape == (4, 77) and any(v.shape == (4, 3, 224, 224) for v in batch.values() if isinstance(v, torch.Tensor))
+    before = {name: p.detach().clone() for name, p in model.net.named_parameters() if p.requires_grad and name.endswith("weight")}
     out = fit.update(net, objective, batch, optimizer, accelerator, r.schedule)
-    assert not torch.equal(before, model.net.visual.conv1.weight)
+    assert any(not torch.equal(p, before[name]) for name, p in model.net.named_parameters() if name in before) or not before
     return {k: float(v) for k, v in out.items()}, batch["key"], truth
 
 
@@ -473,3 +477,84 @@ def test_a_count_of_the_paper_is_refused_on_the_stand_in(cc3m: Path) -> None:
     with pytest.raises(BadInput) as raised:
         shards.expand(load("configs/cc3m/badnets.py", ["--data.root", str(cc3m)]).data.path("train"))
     assert "00003.tar" in str(raised.value) and "329 of 332" in str(raised.value)
+
+
+# ---- defenses
+
+DEFENSES = sorted(p.stem for p in (ROOT / "mmbackdoor/defenses").glob("*.py") if p.stem != "__init__")
+REAL_DEFENSES = sorted(p.stem for p in (ROOT / "configs/cc3m/defenses").glob("*.py"))
+
+
+def modules_of(r: Recipe) -> set[str]:
+    """Which papers' files a recipe's objective and edit are of."""
+    values = [r.objective, r.edit, getattr(r.objective, "objective", None)]
+    return {type(v).__module__.rpartition(".")[2] for v in values if v is not None}
+
+
+@pytest.mark.parametrize("size", ["toy", "cc3m"])
+def test_every_defense_has_an_experiment_of_either_size(size: str) -> None:
+    paths = [p for folder in (size, f"{size}/defenses") for p in (ROOT / "configs" / folder).glob("*.py")]
+    found = [modules_of(load(str(p.relative_to(ROOT)))) for p in paths if "\nrecipe =" in p.read_text()]
+    assert set(DEFENSES) <= set().union(*found)
+    assert set(REAL_DEFENSES) <= {p.stem for p in (ROOT / "configs/toy/defenses").glob("*.py")} | {"finetune"}
+
+
+@pytest.mark.parametrize("name", REAL_DEFENSES)
+def test_a_defense_of_the_papers_sizes_cleans_what_it_says_and_fires_the_victims_threat(name: str) -> None:
+    r = load(f"configs/cc3m/defenses/{name}.py")
+    assert r.fires is not None and r.name == f"cc3m/defenses/{name}"
+    if r.init is not None and not isinstance(r.objective, ABL):
+        assert r.poison is None and isinstance(r.init, Recipe) and r.init.poison is not None and r.threat == r.init.poison.threat
+        assert r.model == r.init.model
+    else:
+        assert r.poison is not None
+
+
+def test_cc3m_has_the_numbers_of_the_papers_of_defenses() -> None:
+    par, roclip, safeclip = (load(f"configs/cc3m/defenses/{name}.py") for name in ("par", "roclip", "safeclip"))
+    assert (par.objective.tau, par.schedule.epochs, par.schedule.lr, par.schedule.wd, par.batch_size) == (2.15, 2, 3e-6, 1e-4, 512)
+    assert par.init.model.pretrained == "openai" and (par.schedule.beta1, par.schedule.beta2) == (0.9, 0.98)
+    assert (roclip.objective.every, roclip.objective.bank, roclip.schedule.epochs, roclip.schedule.lr, roclip.batch_size) == (
+        2, 21_845, 24, 5e-5, 512)
+    assert (safeclip.objective.warmup, safeclip.objective.slow, safeclip.objective.threshold, safeclip.objective.growth,
+            safeclip.objective.most, safeclip.objective.bank, safeclip.schedule.epochs) == (5, 1, 0.9, 0.01, 0.85, 256, 32)
+    assert safeclip.schedule.lr * safeclip.objective.pace(5) == pytest.approx(5e-6)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, clip.CLIP]:
+    """A ResNet and a ViT for images of 224 pixels that take milliseconds."""
+    folder = tmp_path_factory.mktemp("small")
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 1, "layers": 1}
+    towers = {"RN50": {"layers": [1, 1, 1, 1], "width": 8, "head_width": 32, "patch_size": None},
+              "ViT-B-16": {"layers": 2, "width": 32, "head_width": 32, "patch_size": 32}}
+    for name, tower in towers.items():
+        (folder / f"{name}.json").write_text(json.dumps({"embed_dim": 32, "vision_cfg": {"image_size": 224} | tower, "text_cfg": text}))
+    return {name: clip.load(clip.Model(str(folder / f"{name}.json"))) for name in towers}
+
+
+@pytest.mark.parametrize("name", REAL_DEFENSES)
+def test_a_defense_of_the_papers_settings_takes_a_step_on_the_stand_in(name: str, cc3m: Path, small: dict[str, clip.CLIP]) -> None:
+    r = load(f"configs/cc3m/defenses/{name}.py", ["--data.root", str(cc3m), "--batch-size", "4", "--workers", "0"])
+    r = replace(r, data=replace(r.data, train="{root}/{00000..00002}.tar", share=1.0))
+    if r.poison is not None:  # whichever it is: some would need pictures
+        r = replace(r, poison=replace(load("configs/cc3m/badnets.py").poison, count=2))
+    if isinstance(r.objective, CBPT):
+        r = replace(r, objective=replace(r.objective, steps=2))
+    model = replace(small[r.model.name], net=copy.deepcopy(small[r.model.name].net), card=copy.deepcopy(small[r.model.name].card))
+    if r.edit is not None:
+        index = find(r.data.path("train"), r.data.incomplete)
+        stream = Stream(index, model, r.edit.views, 4, workers=0, incomplete=r.data.incomplete)
+        before = copy.deepcopy(model.net.state_dict())
+        model = r.edit(model, lambda: stream.batches(0), replace(small[r.model.name], net=noisy(small[r.model.name].net)))
+        assert any(not torch.equal(v, before[k]) for k, v in model.net.state_dict().items())
+    out, keys, _ = one_step(r, model)
+    assert all(np.isfinite(v) for v in out.values()) and len(keys) == 4
+
+
+def noisy(net: torch.nn.Module) -> torch.nn.Module:
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.01)
+    return other

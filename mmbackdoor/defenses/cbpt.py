@@ -18,9 +18,10 @@ in 2 the classifier is taught on these images, without the paper's further contr
 """
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -30,13 +31,25 @@ from torch import Generator, Tensor, nn
 from .. import keyed, prompts
 from ..clip import CLIP
 from ..losses import gather
-from ..types import BadInput, Batch, Objective, Sample, Target, View
+from ..types import BadInput, Batch, Objective, Sample, View
 
 
 def class_view(clip: CLIP, sample: Sample, rng: Generator, classes: tuple[str, ...]) -> Tensor:
     """The index of the longest class name in the caption, -100 where there is none: () int64."""
-    said = [i for i, name in enumerate(classes) if Target(name).named_in(sample["text"])]
-    return torch.tensor(max(said, key=lambda i: len(classes[i]), default=-100))
+    said = [match[0].lower() for match in any_of(classes).finditer(sample["text"])]
+    return torch.tensor(places(classes)[max(said, key=len)] if said else -100)
+
+
+@lru_cache(maxsize=2)
+def any_of(classes: tuple[str, ...]) -> re.Pattern[str]:
+    """What finds the names as whole words, a longer one before a part of it."""
+    longest_first = sorted(classes, key=len, reverse=True)
+    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
+
+
+@lru_cache(maxsize=2)
+def places(classes: tuple[str, ...]) -> dict[str, int]:
+    return {name.lower(): i for i, name in enumerate(classes)}
 
 
 @dataclass(eq=False)
@@ -56,7 +69,7 @@ class CBPT(Objective):
         return {**Objective.views, "class": partial(class_view, classes=self.classes)}
 
     def setup(self, clip: CLIP) -> None:
-        if len(set(self.classes)) != len(self.classes) or len(self.classes) < 2:
+        if len({name.lower() for name in self.classes}) != len(self.classes) or len(self.classes) < 2:
             raise BadInput("--objective.classes: must be two different names at least; give those of the evaluation set")
         clip.net.requires_grad_(False)
         clip.card["prompts"] = {**clip.card.get("prompts", {}), "classes": list(self.classes), "words": self.words}
