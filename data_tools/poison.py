@@ -40,6 +40,9 @@ def main(c: Command) -> None:
     r, out = c.recipe, c.recipe.out.rstrip("/")
     if r.attack is None:
         raise BadInput(f"{r.name}: its recipe poisons nothing; name one with poison=…, such as configs/toy/badnets.py")
+    if r.data.share != 1:
+        raise BadInput(f"--data.share {r.data.share}: whole shards are poisoned, and training would choose its poisons among the share; "
+                       "use 1 here, or poison online")
     if file := craft.crafted(r.attack):
         tensors(file)  # told before the folder is begun, whose manifest holds the file's hash
     found = index.find(r.data.path("train"), r.data.incomplete, r.data.path("index"))

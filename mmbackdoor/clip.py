@@ -252,8 +252,9 @@ def load(model: Model, weights: str | Path | None = None, aug: Augment | None = 
     return replace(clip, aug=aug or Augment())
 
 
-def load_run(path: str | Path, model: Model | None = None, **changes: Any) -> CLIP:
-    """A run's directory, a checkpoint inside one, or any checkpoint file together with its `model`, with fields of it changed."""
+def load_run(path: str | Path, model: Model | None = None, usual: Model | None = None, **changes: Any) -> CLIP:
+    """A run's directory, a checkpoint inside one, or any checkpoint file together with its `model`, with fields of it changed. `usual` is
+    the network of a file of which nothing says what it is."""
     path = str(path).removeprefix("local-dir:")
     found = Path(path)
     folder = next((p for p in (found, *found.parents[:2]) if (p / CARD).is_file()), None)
@@ -261,6 +262,8 @@ def load_run(path: str | Path, model: Model | None = None, **changes: Any) -> CL
         return load(replace(Model(str(folder)), **changes), found)
     if model is None and (is_hf(path) or path.startswith("hf-hub:")):
         return load(replace(Model(path), **changes))
+    if model is None and usual is not None:
+        return load(usual, path)
     if model is None:
         find(path)
         raise BadInput(f"{path}: no {CARD} near it says which network this is; add --model.name RN50, say")

@@ -158,7 +158,7 @@ def update(model: nn.Module, objective: Objective, batch: Batch, optimizer: Any,
             out = objective.loss(model, piece)  # the prepared forward casts and returns float32; the loss itself stays in it
             accelerator.backward(out["loss"] / n)
     if schedule.grad_clip_norm:
-        accelerator.clip_grad_norm_(model.parameters(), schedule.grad_clip_norm)
+        accelerator.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], schedule.grad_clip_norm)
     optimizer.step()
     optimizer.zero_grad()
     return {k: v.detach() for k, v in out.items()}
@@ -208,10 +208,11 @@ class Log:
 
 
 def check_in_step(net: nn.Module, objective: Objective, accelerator: Accelerator) -> None:
-    """All processes must hold the same weights; they drift when a loss goes past the wrapped forward."""
+    """All processes must hold the same weights; they drift when a loss goes past the wrapped forward, or shows heads rows of its own."""
     if accelerator.num_processes == 1:
         return
-    total = sum(p.detach().double().abs().sum() for p in net.parameters())
+    heads = objective.heads()
+    total = sum(p.detach().double().abs().sum() for part in (net, heads) if part is not None for p in part.parameters())
     sums = accelerator.gather(torch.as_tensor(total).reshape(1))
     if float(sums.max() - sums.min()) > 1e-6 * float(sums.max()):
         raise RuntimeError(f"{type(objective).__name__}: the processes hold different weights; its loss must call "

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from .clip import CLIP
@@ -94,7 +95,8 @@ class Bank:
 
     def push(self, rows: Tensor) -> None:
         """Adds rows (N, D), of which only the last `size` are kept."""
-        rows = rows.detach().float()[-self.size:]
+        rows = rows.detach()[-self.size:]
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # halves are too coarse to keep
         held = self.held.to(rows.device) if len(self.held) else rows[:0]
         room = self.size - len(held)
         self.held, rows = torch.cat([held, rows[:room]]) if room else held, rows[room:]
@@ -108,7 +110,7 @@ class Bank:
         if not len(self.held):
             return x.detach()
         self.held = self.held.to(x.device)
-        return self.held[(x.detach().float() @ self.held.T).argmax(1)].to(x.dtype)
+        return self.held[(x.detach().to(self.held.dtype) @ self.held.T).argmax(1)].to(x.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.held, "next": self.next}
@@ -122,6 +124,16 @@ def frozen_copy(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net).eval().requires_grad_(False)
 
 
+@torch.no_grad()
+def recalled(before: nn.Module, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+    """What a frozen copy says, computed in the precision of the run, as what is trained is, and returned in float32 at least."""
+    kind = AcceleratorState().mixed_precision if AcceleratorState._shared_state else "no"
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind)
+    with torch.autocast(image.device.type, half, enabled=half is not None):
+        out = before(image, text)
+    return {k: v.to(torch.promote_types(v.dtype, torch.float32)) for k, v in out.items()}
+
+
 @contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
     """Without gradients and in evaluation mode, in here."""
@@ -133,7 +145,8 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 
 def similarities(clip: CLIP, batches: Iterable[Batch]) -> tuple[list[str], Tensor]:
-    """Keys, and cosines of image and caption as the network sees them now, of the data of all processes. (N,) on the CPU."""
+    """Keys, and cosines of image and caption as the network sees them now, of the data of all processes. (N,) on the CPU, in the order of
+    the keys, which no number of processes changes."""
     keys: list[str] = []
     cosines: list[float] = []
     with evaluating(clip.net):
@@ -142,7 +155,8 @@ def similarities(clip: CLIP, batches: Iterable[Batch]) -> tuple[list[str], Tenso
             t = clip.net.encode_text(batch["text"].to(clip.device), normalize=True)  # type: ignore[operator]
             keys += batch["key"]
             cosines += (x * t).sum(1).tolist()
-    return gather_list(keys), torch.tensor(gather_list(cosines))
+    found = sorted(zip(gather_list(keys), gather_list(cosines), strict=True))
+    return [key for key, _ in found], torch.tensor([cosine for _, cosine in found])
 
 
 def among(keys: frozenset[str], batch: Batch) -> Tensor:

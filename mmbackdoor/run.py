@@ -72,7 +72,7 @@ def craft(r: Recipe) -> str:
         crafting.check(file, made)
     elif state.is_main_process:
         index = find(r.data.path("train"), r.data.incomplete, r.data.path("index"))
-        model = load_run(str(weights(r.surrogate, "--surrogate")))
+        model = load_run(str(weights(r.surrogate, "--surrogate")), usual=r.model)
         if isinstance(r.surrogate, Recipe):
             model = replace(model, aug=r.surrogate.aug)
         model.net.to(state.device)
@@ -169,19 +169,21 @@ def shared(index: Index, share: float) -> Index:
     """The part of the pairs that is used."""
     if share == 1:
         return index
-    n = round(share * len(index))
-    if not 0 < n <= len(index):
-        raise BadInput(f"--data.share {share}: is {n} of {len(index)} pairs; give a number above 0, of at most 1")
+    n = round(share * len(index)) if 0 < share <= 1 else 0
+    if not n:
+        raise BadInput(f"--data.share {share}: is no part of {len(index)} pairs, or less than one; give a number above 0, of at most 1")
     return index.only(frozenset(sorted(index.keys(), key=partial(keyed.integer, 0, "share"))[:n]))
 
 
 def edited(r: Recipe, clip: CLIP, index: Index, stages: Sequence[Stage]) -> CLIP:
     """The model after the recipe's edit, which goes through the pairs in the order of the first epoch."""
     if r.edit is None:
+        if r.donor:
+            raise BadInput("--donor: names a second model, and nothing is done with it; add --edit, or leave the donor out")
         return clip
     whole_stream = partial(Stream, index, clip, r.edit.views, r.batch_size, stages, seen(r, index), r.seed, r.shuffle, r.lanes,
                            r.workers, incomplete=r.data.incomplete)
-    donor = load_run(str(weights(r.donor, "--donor"))) if r.donor else None
+    donor = load_run(str(weights(r.donor, "--donor")), usual=r.model) if r.donor else None
     state = processes()
     for model in filter(None, (clip, donor)):
         model.net.to(state.device).eval()

@@ -3,7 +3,8 @@ import copy
 import json
 import sys
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -11,13 +12,27 @@ from accelerate import Accelerator
 
 from mmbackdoor import clip, run, shards
 from mmbackdoor.attacks.badnets import badnets
+from mmbackdoor.defenses.abd import ABD
+from mmbackdoor.defenses.abl import ABL
+from mmbackdoor.defenses.augmented import Augmented
+from mmbackdoor.defenses.cbpt import CBPT
 from mmbackdoor.defenses.cleanclip import CleanCLIP
+from mmbackdoor.defenses.cleanerclip import CleanerCLIP
+from mmbackdoor.defenses.compress import CompRess
+from mmbackdoor.defenses.fine_pruning import FinePruning
+from mmbackdoor.defenses.last_layer import LastLayer
+from mmbackdoor.defenses.localized import LocalizedCropping
+from mmbackdoor.defenses.par import PAR
+from mmbackdoor.defenses.roclip import RoCLIP
+from mmbackdoor.defenses.rvpt import RVPT
+from mmbackdoor.defenses.safeclip import SafeCLIP
+from mmbackdoor.defenses.slip import SLIP
 from mmbackdoor.features import How
 from mmbackdoor.fit import Schedule, check_in_step, fit, groups
 from mmbackdoor.index import find
-from mmbackdoor.losses import Clip, SigLip, info_nce
+from mmbackdoor.losses import Clip, SigLip, gather_list, info_nce
 from mmbackdoor.poison import plan, poison
-from mmbackdoor.recipe import Data
+from mmbackdoor.recipe import Data, Recipe
 from mmbackdoor.sets import open_set
 from mmbackdoor.stream import Stream
 from mmbackdoor.types import Objective
@@ -35,24 +50,79 @@ class PastTheWrapper(Objective):
         return {"loss": info_nce(x, t, inner.logit_scale.exp())}
 
 
-def gradients(accelerator, objective, siglip=False):
-    """Loss and gradients of one global batch, each process holding its share of the rows."""
-    net = clip.load(clip.Model(str(MODEL), siglip=siglip), seed=1)
-    index = find(str(TOY / "train"))
-    stream = Stream(index, net, objective.views, GLOBAL // accelerator.num_processes, rank=accelerator.process_index,
+OBJECTIVES = {  # with the epoch whose beginning is looked at
+    "clip": (Clip, 0), "siglip": (SigLip, 0), "cleanclip": (CleanCLIP, 0), "cleanclip symmetric": (partial(CleanCLIP, symmetric=True), 0),
+    "cleanerclip": (CleanerCLIP, 0), "augmented": (Augmented, 0), "last layer": (LastLayer, 0), "par": (PAR, 0), "abd": (ABD, 0),
+    "abl": (partial(ABL, share=0.2), 0), "abl local": (partial(ABL, share=0.2, local=True), 0),
+    "compress": (partial(CompRess, anchors=80), 0), "slip": (partial(SLIP, hidden=16, out=8, text=0.5), 0),
+    "localized slip": (lambda: LocalizedCropping(SLIP(hidden=16, out=8)), 0),
+    "roclip plain": (partial(RoCLIP, bank=80), 0), "roclip matched": (partial(RoCLIP, bank=80), 1),
+    "safeclip unimodal": (partial(SafeCLIP, warmup=1, bank=80), 0), "safeclip slow": (partial(SafeCLIP, warmup=1, bank=80), 1),
+    "safeclip mixed": (partial(SafeCLIP, warmup=1, bank=80), 2),
+    "rvpt": (partial(RVPT, n=2), 0), "cbpt": (partial(CBPT, ("circle", "square", "triangle", "star", "cross", "ring"), steps=3), 0),
+}
+
+
+@cache
+def loaded(siglip):
+    return clip.load(clip.Model(str(MODEL), siglip=siglip), seed=1)
+
+
+def fresh(siglip=False):
+    """The model before any training."""
+    return replace(loaded(siglip), net=copy.deepcopy(loaded(siglip).net), card=copy.deepcopy(loaded(siglip).card))
+
+
+def in_double(batch):
+    return {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
+
+
+def told(value):
+    """What a state holds, as JSON: of each tensor its shape, its norm and a sample of its numbers."""
+    if isinstance(value, torch.Tensor):
+        x = value.detach().double().flatten()
+        return [list(value.shape), float(x.norm()), x[:: max(1, len(x) // 100)].tolist()]
+    return {k: told(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def gradients(accelerator, objective, epoch):
+    """Two steps at the beginning of an epoch, each process holding its share of the rows: both losses, the gradients of the second, for
+    which the model and the objective have changed, and what each process then keeps.
+
+    In double precision, so that only a wrong gradient can differ."""
+    net = fresh(isinstance(objective, SigLip))
+    net.net.double()
+    objective.setup(net)
+    heads = objective.heads().double() if objective.heads() is not None else torch.nn.Module()
+    stream = Stream(find(str(TOY / "train")), net, objective.views, GLOBAL // accelerator.num_processes, rank=accelerator.process_index,
                     world=accelerator.num_processes, workers=0)
-    model = accelerator.prepare(net.net.double())  # in double precision, so that only a wrong gradient can differ
-    batch = {k: v.double() if k.startswith("image") else v for k, v in next(stream.batches(0)).items()}
-    loss = objective.loss(model, batch)["loss"]
-    accelerator.backward(loss)
-    small = {k: p for k, p in net.net.named_parameters() if p.grad is not None and p.numel() < 200_000}
-    loss = float(accelerator.reduce(loss.detach(), "mean"))
-    return {"loss": loss, "grads": {k: p.grad.flatten().tolist()[:2000] for k, p in small.items()}}
+    objective.start_epoch(net, lambda: map(in_double, stream.batches(epoch)), epoch)
+    model = accelerator.prepare(net.net.train())
+    both = torch.nn.ModuleDict({"net": net.net, "heads": heads})
+    free = {k: p for k, p in both.named_parameters() if p.requires_grad}
+    optimizer, losses = torch.optim.SGD(free.values(), 0.1), []
+    for batch in map(in_double, islice(stream.batches(epoch), 2)):
+        if losses:
+            optimizer.step()
+        optimizer.zero_grad()
+        out = objective.loss(model, batch)
+        accelerator.backward(out["loss"])
+        losses.append({k: float(accelerator.reduce(v.detach().double(), "mean")) for k, v in out.items()})
+    each = gather_list([{"state": told(objective.state_dict()), "buffers": told(dict(heads.named_buffers())),
+                         "heads": {k: told(p.grad) for k, p in free.items() if k.startswith("heads.")}}])
+    return {"losses": losses, "grads": {k: told(p.grad) for k, p in free.items()}, "each": each}
+
+
+def edited(accelerator):
+    """What each process holds after an edit that looks at the data."""
+    net = fresh()
+    r = Recipe("edited", Data(str(TOY / "train")), edit=FinePruning(pairs=100), batch_size=30, workers=0)
+    return gather_list([told(run.edited(r, net, find(r.data.train), []).net.state_dict())])
 
 
 def training(accelerator, folder):
     """Two epochs of poisoned training; returns the log, the keys seen by all processes and a digest of the weights."""
-    net = clip.load(clip.Model(str(MODEL)), seed=1)
+    net = fresh()
     index = find(str(TOY / "train"))
     attack = badnets("red star", rate=0.05)
     truth = plan(attack, index, 0)
@@ -67,7 +137,7 @@ def training(accelerator, folder):
 
 def evaluation(accelerator, folder):
     """Every number of sets of odd sizes, under two threats, computed, then cached, then read."""
-    net = clip.load(clip.Model(str(MODEL)), seed=1)
+    net = fresh()
     attack = badnets("red star")
     threats = {"corner": attack.threat, "input": replace(attack.threat, at="input")}
     how = How(accelerator.process_index, accelerator.num_processes, batch=8)
@@ -88,7 +158,7 @@ def evaluation(accelerator, folder):
 
 
 def out_of_step(accelerator):
-    net = clip.load(clip.Model(str(MODEL)), seed=1)
+    net = fresh()
     objective = PastTheWrapper()
     stream = Stream(find(str(TOY / "train")), net, objective.views, 8, rank=accelerator.process_index,
                     world=accelerator.num_processes)
@@ -106,8 +176,8 @@ def out_of_step(accelerator):
 
 if __name__ == "__main__":
     accelerator = Accelerator(cpu=True)
-    found = {"world": accelerator.num_processes, "clip": gradients(accelerator, Clip()), "cleanclip": gradients(accelerator, CleanCLIP()),
-             "siglip": gradients(accelerator, SigLip(), siglip=True),
+    found = {"world": accelerator.num_processes, "edited": edited(accelerator),
+             "objectives": {name: gradients(accelerator, kind(), epoch) for name, (kind, epoch) in OBJECTIVES.items()},
              "training": training(accelerator, OUT.parent / f"run{accelerator.num_processes}"),
              "evaluation": evaluation(accelerator, OUT.parent / f"sets{accelerator.num_processes}"),
              "out_of_step": out_of_step(accelerator)}

@@ -17,7 +17,7 @@ that a step costs what CleanCLIP's does. epsilon and the step are ours.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +30,13 @@ from ..losses import both_ways, cross_entropy, gather, world
 from ..types import Batch, Objective, View
 
 
+def summed(delta: Tensor) -> None:
+    """Makes its gradient that of all processes as soon as it is there: one of them saves it, and all go on from what was saved."""
+    if world() > 1 and delta.grad is not None:
+        dist.all_reduce(delta.grad)
+        delta.grad /= world()
+
+
 @dataclass(eq=False)
 class ABD(Objective):
     """`epsilon` and `step` are on pixels in [0, 1]."""
@@ -38,19 +45,17 @@ class ABD(Objective):
     inmodal: float = 1.0
     epsilon: float = 8 / 255
     step: float = 2 / 255
-    delta: Tensor = field(default_factory=lambda: torch.empty(0), init=False, repr=False)
-    """(3, H, W), the perturbation of pixels in [0, 1]."""
-    bounds: tuple[Tensor, Tensor, Tensor] = field(default=(), init=False, repr=False)  # type: ignore[assignment]
-    """Black, white, and what a unit of pixels is, as the model's input: (3, 1, 1) each."""
 
     @property
     def views(self) -> Mapping[str, View]:  # type: ignore[override]
         return {**Objective.views, "image_aug": augmented_image, "text_aug": augmented_text}
 
     def setup(self, clip: CLIP) -> None:
-        black, white = (clip.normalise(torch.full((3, 1, 1), value, device=clip.device)) for value in (0.0, 1.0))
-        self.bounds = black, white, white - black
-        self.delta = torch.zeros(3, *clip.size, device=clip.device, requires_grad=True)
+        weight = next(clip.net.parameters())  # of its type and on its device
+        black, white = (clip.normalise(torch.full((3, 1, 1), value).to(weight)) for value in (0.0, 1.0))
+        self.bounds = black, white, white - black  # and what a unit of pixels is: (3, 1, 1) each, of the model's input
+        self.delta = torch.zeros(3, *clip.size).to(weight).requires_grad_()  # of pixels in [0, 1]
+        self.delta.register_post_accumulate_grad_hook(summed)
 
     def state_dict(self) -> dict[str, Any]:
         return {"delta": self.delta.detach(), "up": self.delta.grad}
@@ -64,10 +69,8 @@ class ABD(Objective):
         """A step of the perturbation, up the gradient that the last loss left."""
         if self.delta.grad is None:
             return
-        if world() > 1:
-            dist.all_reduce(self.delta.grad)
         with torch.no_grad():
-            self.delta.add_(self.step * self.delta.grad.sign()).clamp_(-self.epsilon, self.epsilon)
+            self.delta.add_(self.step * self.delta.grad.nan_to_num().sign()).clamp_(-self.epsilon, self.epsilon)
         self.delta.grad = None
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:

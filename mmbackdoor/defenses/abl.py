@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,11 +38,11 @@ class ABL(Objective):
     ascent: float = 1.0
     early: int = 0
     local: bool = False
-    isolated: frozenset[str] = field(default=frozenset(), init=False, repr=False)
 
     def setup(self, clip: CLIP) -> None:
         if not 0 <= self.share < 1:
             raise BadInput(f"--objective.share {self.share}: is no share of the pairs; give a number from 0 to less than 1")
+        self.isolated: frozenset[str] = frozenset()
 
     def start_epoch(self, clip: CLIP, batches: Callable[[], Iterable[Batch]], epoch: int) -> None:
         if epoch != self.early or self.isolated:

@@ -33,7 +33,9 @@ class Augmented(Objective):
     @property
     def views(self) -> Mapping[str, View]:  # type: ignore[override]
         edited = partial(augmented_text, share=self.words, synonyms=self.synonyms)
-        return {"image": partial(augmented_image, kind=self.images), "text": edited if self.words else Objective.views["text"]}
+        altered = partial(augmented_image, kind=self.images)
+        return {"image": Objective.views["image"] if self.images == "none" else altered,
+                "text": edited if self.words else Objective.views["text"]}
 
     def setup(self, clip: CLIP) -> None:
         check_synonyms(self.synonyms)

@@ -15,15 +15,14 @@ Differs from the paper: CLIP's loss comes beside it, without which images and ca
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..clip import CLIP
-from ..losses import Bank, frozen_copy, gather, info_nce
+from ..losses import Bank, frozen_copy, gather, info_nce, recalled
 from ..types import Batch, Objective
 
 
@@ -35,8 +34,6 @@ class CompRess(Objective):
     tau: float = 0.04
     cross: float = 1.0
     seed: int = 0
-    teacher: nn.Module = field(default_factory=nn.Identity, init=False, repr=False)
-    banks: dict[str, Bank] = field(default_factory=dict, init=False, repr=False)
 
     def setup(self, clip: CLIP) -> None:
         self.teacher = frozen_copy(clip.net)
@@ -53,20 +50,18 @@ class CompRess(Objective):
 
     def distance(self, part: str, z: Tensor, z0: Tensor) -> Tensor:
         """Mean KL of the student's likenesses to the teacher's, over anchors of earlier batches, or of this one where there are none."""
-        z, z0 = gather(z), gather(z0)
-        a, a0 = self.banks[part], self.banks[f"{part}_teacher"]
-        if not len(a.rows):
-            a.push(z)
-            a0.push(z0)
-        likeness, likeness0 = (F.log_softmax(r @ bank.rows.T / self.tau, dim=1) for r, bank in ((z, a), (z0, a0)))
-        a.push(z)
-        a0.push(z0)
-        return F.kl_div(likeness, likeness0, reduction="batchmean", log_target=True)
+        likeness = []
+        for r, bank in ((gather(z), self.banks[part]), (gather(z0), self.banks[f"{part}_teacher"])):
+            # a copy, because the bank writes into its rows before the gradient has been through them
+            anchors = bank.rows.to(r.device, copy=True) if len(bank.rows) else r.detach()
+            likeness.append(F.log_softmax(r @ anchors.T / self.tau, dim=1))
+            bank.push(r)
+        student, teacher = likeness
+        return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         out = model(batch["image"], batch["text"])
-        with torch.no_grad():
-            was = self.teacher(batch["image"], batch["text"])
+        was = recalled(self.teacher, batch["image"], batch["text"])
         found = {part: self.distance(part, out[f"{part}_features"], was[f"{part}_features"]) for part in ("image", "text")}
         cross = info_nce(out["image_features"], out["text_features"], out["logit_scale"])
         return {"loss": sum(found.values()) + self.cross * cross, "cross": cross} | found

@@ -22,7 +22,8 @@ from ..losses import evaluating
 from ..types import BadInput, Batch, Edit
 
 Hidden = tuple[nn.Module, list[Tensor], Tensor]
-"""What gives the activations, (B, U, H, W) or (B, places, U); weights that lead in, U rows each; those that lead out, U columns."""
+"""What gives the activations, (B, U, H, W) before a convolution and (B, ..., U) elsewhere; weights that lead in, U rows each; those that
+lead out, U columns."""
 
 
 def hidden(net: nn.Module) -> Hidden:
@@ -56,7 +57,7 @@ class FinePruning(Edit):
 
         def see(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             nonlocal total
-            total += out.flatten(2).mean(2).sum(0) if out.ndim == 4 else out.mean(1).sum(0)
+            total += (out.flatten(2).mean(2) if leads_out.ndim == 4 else out.reshape(len(out), -1, len(total)).mean(1)).sum(0)
 
         watch = source.register_forward_hook(see)
         with evaluating(clip.net):

@@ -29,7 +29,7 @@ class LastLayer(Objective):
     """`reset` draws new projections with the deviation of the old."""
 
     LAST: ClassVar[str] = (r"(visual\.)?(proj|attnpool\.c_proj|head\.proj)(\.weight|\.bias)?|(text\.)?text_projection(\.weight|\.bias)?"
-                           r"|clip\.(visual|text)_projection\.weight|clip\.text_model\.head\.(weight|bias)|logit_scale|logit_bias")
+                           r"|clip\.(visual|text)_projection\.weight|clip\.text_model\.head\.(weight|bias)|(clip\.)?logit_(scale|bias)")
     reset: bool = True
 
     def setup(self, clip: CLIP) -> None:

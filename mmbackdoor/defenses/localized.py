@@ -72,6 +72,8 @@ class LocalizedCropping(Objective):
         if lacking := [name for name in (self.first, self.second) if name not in theirs]:
             raise BadInput(f"--objective.first, --objective.second: {type(self.objective).__name__} has no view {lacking[0]!r}, only "
                            f"{', '.join(theirs)}; name its two views of one image")
+        if self.first == self.second:
+            raise BadInput(f"--objective.first, --objective.second: both are {self.first!r}; name two views of one image")
         pair = theirs.pop(self.first), theirs.pop(self.second)
         return theirs | {"neighbours": partial(neighbours, pair, self.scale, self.delta)}
 

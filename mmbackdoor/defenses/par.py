@@ -11,14 +11,13 @@ Assumes clean pairs (250,000 of CC3M in the paper; synthetic ones do too) and no
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..clip import CLIP
-from ..losses import both_ways, frozen_copy, gather
+from ..losses import both_ways, frozen_copy, gather, recalled
 from ..types import Batch, Objective
 
 
@@ -28,7 +27,6 @@ class PAR(Objective):
 
     tau: float = 2.15
     push: float = 0.5
-    before: nn.Module = field(default_factory=nn.Identity, init=False, repr=False)
 
     def setup(self, clip: CLIP) -> None:
         self.before = frozen_copy(clip.net)
@@ -41,8 +39,7 @@ class PAR(Objective):
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         out = model(batch["image"], batch["text"])
-        with torch.no_grad():
-            was = self.before(batch["image"], batch["text"])
+        was = recalled(self.before, batch["image"], batch["text"])
         x, t, x0, t0 = (gather(o[k]) for o in (out, was) for k in ("image_features", "text_features"))
         cross = both_ways(x, t, out["logit_scale"])
         far = {"image": (x - x0).square().sum(1).mean(), "text": (t - t0).square().sum(1).mean()}

@@ -18,7 +18,7 @@ strength 1/2, 0.4 where the paper has 0.5.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,8 +36,6 @@ class RoCLIP(Objective):
 
     every: int = 2
     bank: int = 21_845
-    captions: Bank = field(init=False, repr=False)
-    matching: bool = field(default=False, init=False, repr=False)
 
     @property
     def views(self) -> Mapping[str, View]:  # type: ignore[override]
@@ -46,7 +44,7 @@ class RoCLIP(Objective):
     def setup(self, clip: CLIP) -> None:
         if self.every < 1 or self.bank < 1:
             raise BadInput(f"--objective.every {self.every} --objective.bank {self.bank}: both must be 1 at least")
-        self.captions = Bank(self.bank)
+        self.captions, self.matching = Bank(self.bank), False
 
     def start_epoch(self, clip: CLIP, batches: Callable[[], Iterable[Batch]], epoch: int) -> None:
         self.matching = (epoch + 1) % self.every == 0

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .. import prompts
 from ..clip import CLIP
-from ..losses import cross_entropy, frozen_copy, gather
+from ..losses import cross_entropy, frozen_copy, gather, recalled
 from ..types import Batch, Objective
 
 
@@ -59,12 +59,17 @@ class RVPT(Objective):
         prompts.attach_to_images(clip.net, self.n)
         self.net = clip.net.to(clip.device)
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The towers are frozen, so those of the checkpoint, which are loaded by now, are the victim's."""
+        own = self.before.state_dict()
+        self.before.load_state_dict({k: v for k, v in self.net.state_dict().items() if k in own})
+
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         model.eval()
         with watched(self.net) as now:
             out = model(batch["image"], batch["text"])
-        with torch.no_grad(), watched(self.before) as then:
-            self.before(batch["image"], batch["text"][:1])
+        with watched(self.before) as then:
+            recalled(self.before, batch["image"], batch["text"][:1])
         cross = cross_entropy(gather(out["image_features"]), gather(out["text_features"]), out["logit_scale"])
         deep = len(now) // 2
         alike = F.cosine_similarity(torch.stack(now[deep:]).float(), torch.stack(then[deep:]).float(), dim=-1).clamp(min=0).mean()

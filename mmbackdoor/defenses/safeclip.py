@@ -20,7 +20,7 @@ either kind; captions are edited anew each epoch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ..augment import augmented_image, augmented_text
 from ..clip import CLIP
 from ..losses import Bank, among, cross_entropy, gather, similarities
-from ..types import Batch, Objective, View
+from ..types import BadInput, Batch, Objective, View
 
 
 def upper(values: Tensor) -> np.ndarray:
@@ -55,16 +55,14 @@ class SafeCLIP(Objective):
     most: float = 0.85
     bank: int = 256
     cross_aug: bool = True
-    banks: dict[str, Bank] = field(default_factory=dict, init=False, repr=False)
-    safe: frozenset[str] = field(default=frozenset(), init=False, repr=False)
-    everything: bool = field(default=False, init=False, repr=False)
-    """Whether all pairs are safe, as in the slow epochs."""
-    share: float = field(default=0.0, init=False, repr=False)
-    split_for: int = field(default=-1, init=False, repr=False)
-    """The epoch for which the pairs were split."""
 
     def setup(self, clip: CLIP) -> None:
+        if self.bank < 1:
+            raise BadInput(f"--objective.bank {self.bank}: must be 1 at least")
         self.banks = {name: Bank(self.bank) for name in ("image", "text")}
+        self.everything = False  # whether all pairs are safe, as in the slow epochs
+        self.safe: frozenset[str] = frozenset()
+        self.share, self.split_for = 0.0, -1  # of the safe among all, and the epoch for which they were found
 
     def start_epoch(self, clip: CLIP, batches: Callable[[], Iterable[Batch]], epoch: int) -> None:
         self.everything = self.warmup <= epoch < self.warmup + self.slow

@@ -14,7 +14,7 @@ the term of text is not SLIP's, but the same for captions.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -46,7 +46,6 @@ class SLIP(Objective):
     crop: tuple[float, float] = (0.08, 1.0)
     hidden: int = 4096
     out: int = 256
-    mlps: nn.ModuleDict = field(default_factory=nn.ModuleDict, init=False, repr=False)
 
     @property
     def views(self) -> Mapping[str, View]:  # type: ignore[override]

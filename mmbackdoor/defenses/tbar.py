@@ -10,7 +10,8 @@ Assumes that the defender knows the trigger, or has reconstructed it, and has so
 paper. Running statistics of batch norm are averages, not weights that were learned, and stay the victim's; so does the temperature.
 
 A recipe: `replace(victim, init=victim, donor=overfit, edit=TBAR(1.0), poison=None, threat=…, schedule=replace(…, epochs=0))`, where
-`overfit = replace(victim, init=victim, poison=replace(attack, rate=1.0), …)` on the few pairs. `scale` is chosen by clean accuracy.
+`overfit = replace(victim, init=victim, poison=DirtyLabel(trigger, target, 0.9), …)` on the few pairs, of which some name the target and
+stay. `scale` is chosen by clean accuracy.
 """
 from __future__ import annotations
 
