@@ -4,7 +4,7 @@ arXiv:2403.16257). The defender holds the loss and the poisoned data, and has no
 What a model fits best, and first, is poison. So the pairs of lowest loss are set aside, here those whose image and caption are most
 alike for the model, a `share` of all; the loss of the others goes down, that of these goes up, until they match no better than chance:
 
-    loss = CLIP(others) - ascent * min(CLIP(isolated), log N)
+    loss = CLIP(others) - ascent * mean min(-log softmax(s x_i Tᵀ)_i, log N) over the isolated, T the captions of the whole batch
 
 From scratch, `early` epochs of CLIP's loss come first; a finished victim shows its poison at once (`early=0`, the defense as a cleaning).
 
@@ -68,5 +68,7 @@ class ABL(Objective):
         # of all captions of the batch each isolated image must find its own, or rather must not
         wrong = torch.arange(len(x), device=x.device)[bad]
         logits = s * x[bad] @ t.T
-        isolated = nn.functional.cross_entropy(logits, wrong) if len(wrong) else 0 * x.sum()
-        return {"loss": others - self.ascent * isolated.clamp(max=chance), "others": others, "isolated": isolated}
+        each = nn.functional.cross_entropy(logits, wrong, reduction="none")
+        isolated, bounded = (e.sum() / max(1, len(wrong)) for e in (each, each.clamp(max=chance)))
+        loss = others - self.ascent * bounded + 0 * out["logit_scale"]  # which is in the graph whatever is isolated
+        return {"loss": loss, "others": others, "isolated": isolated}

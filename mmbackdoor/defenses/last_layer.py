@@ -26,10 +26,11 @@ from ..types import BadInput, Batch, Objective
 
 @dataclass(eq=False)
 class LastLayer(Objective):
-    """`reset` draws new projections with the deviation of the old."""
+    """`reset` draws new projections with the deviation of the old; biases stay."""
 
     LAST: ClassVar[str] = (r"(visual\.)?(proj|attnpool\.c_proj|head\.proj)(\.weight|\.bias)?|(text\.)?text_projection(\.weight|\.bias)?"
-                           r"|clip\.(visual|text)_projection\.weight|clip\.text_model\.head\.(weight|bias)|(clip\.)?logit_(scale|bias)")
+                           r"|text\.proj(\.weight|\.bias)?|clip\.(visual|text)_projection\.weight|clip\.text_model\.head\.(weight|bias)"
+                           r"|(clip\.)?logit_(scale|bias)")
     reset: bool = True
 
     def setup(self, clip: CLIP) -> None:
