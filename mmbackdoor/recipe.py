@@ -294,8 +294,10 @@ def text(recipe: Recipe) -> str:
 
 
 def seeded(recipe: Recipe, seed: int) -> Recipe:
-    """The same experiment under another seed, together with the runs it starts from, edits with and is compared to."""
-    change = {name: seeded(value, seed) for name in ("init", "donor", "reference") if isinstance(value := getattr(recipe, name), Recipe)}
+    """The same experiment under another seed, together with the runs of its seed that it starts from, edits with and is compared to; one
+    of another seed is a given model and stays."""
+    change = {name: seeded(value, seed) for name in ("init", "donor", "reference")
+              if isinstance(value := getattr(recipe, name), Recipe) and value.seed == recipe.seed}
     return replace(recipe, seed=seed, **change)  # type: ignore[arg-type]
 
 
