@@ -7,12 +7,12 @@ victim's place. Three seeds of the main ones on every attack, one of the others 
 """
 from dataclasses import replace
 
-from configs.toy.attacks.badclip import recipe as badclip
 from configs.toy.attacks.badnet_stripes import recipe as stripes
 from configs.toy.attacks.blended import recipe as blended
 from configs.toy.attacks.label_consistent import recipe as label_consistent
 from configs.toy.attacks.tdpa import recipe as tdpa
 from configs.toy.attacks.wanet import recipe as wanet
+from configs.toy.badclip import victims as badclip
 from configs.toy.badnets import recipe as badnets
 from configs.toy.clean import recipe as clean
 from configs.toy.cleanclip import recipe as cleanclip
@@ -40,9 +40,8 @@ from configs.toy.finetune import recipe as finetune
 from configs.toy.results import suite as first
 from mmbackdoor.recipe import Suite
 
-strong_badclip = replace(badclip, name="toy/defenses/victim-badclip", poison=replace(badclip.poison, rate=0.02))
 VICTIMS = {"badnets": badnets, "blended": blended, "wanet": wanet, "stripes": stripes, "label_consistent": label_consistent,
-           "badclip": strong_badclip, "tdpa": tdpa}
+           "badclip": badclip[1], "tdpa": tdpa}
 PRETRAINING = roclip, safeclip, localized
 CLEANING = finetune, cleanclip, par, abd, tbar
 OTHERS = slip, augmented, cleanclip_symmetric, cleanerclip, augmented_finetune, last_layer, compress, fine_pruning, abl, ubt, cbpt
