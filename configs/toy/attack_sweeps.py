@@ -11,9 +11,11 @@ trigger. Each victim has a clean reference of its own.
 """
 from dataclasses import replace
 
+from configs.toy.attacks.blended_text import recipe as blended_text
 from configs.toy.attacks.carlini_targeted import recipe as carlini_targeted
 from configs.toy.attacks.corruptencoder import recipe as corruptencoder
 from configs.toy.attacks.ctrl import recipe as ctrl
+from configs.toy.attacks.dual_key import recipe as dual_key
 from configs.toy.attacks.label_consistent import recipe as label_consistent
 from configs.toy.attacks.noisy_alignment import recipe as noisy_alignment
 from configs.toy.attacks.poisonedencoder import recipe as poisonedencoder
@@ -77,4 +79,8 @@ suite = Suite("toy/attack_sweeps", (
     at(poisonedencoder, "rate5-wide-twoviews", "wide-twoviews", rate=0.05),
     *(at(carlini_targeted, f"copies{n}", copies=n) for n in (3, 10)),
     carlini_targeted,
+    dual_key,
+    at(dual_key, "rate4", rate=0.04),
+    blended_text,
+    at(blended_text, "rate4", rate=0.04),
 ), table="attacks")
