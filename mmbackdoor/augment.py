@@ -92,11 +92,12 @@ def synonyms_of(word: str) -> tuple[str, ...]:
     try:
         from nltk.corpus import wordnet
 
-        found = {name.replace("_", " ") for s in wordnet.synsets(word.strip(".,;:!?\"'()")) for name in s.lemma_names()}
+        bare = word.strip(".,;:!?\"'()")
+        found = {name.replace("_", " ") for s in wordnet.synsets(bare) for name in s.lemma_names()}
     except (ImportError, LookupError) as error:
         raise BadInput("--objective.synonyms: needs nltk and its WordNet, which are not here; pip install 'mmbackdoor[synonyms]' and "
                        "python -m nltk.downloader wordnet, or leave synonyms out") from error
-    return tuple(sorted(found - {word, word.lower()}))
+    return tuple(sorted(name for name in found if name.lower() != bare.lower()))
 
 
 def check_synonyms(wanted: bool) -> None:

@@ -139,9 +139,11 @@ def evaluating(net: nn.Module) -> Iterator[None]:
     """Without gradients and in evaluation mode, in here."""
     was = net.training
     net.eval()
-    with torch.no_grad():
-        yield
-    net.train(was)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        net.train(was)
 
 
 def similarities(clip: CLIP, batches: Iterable[Batch]) -> tuple[list[str], Tensor]:

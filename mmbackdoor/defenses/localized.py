@@ -7,6 +7,9 @@ area is drawn between 20 % of the image's and the whole of that neighbourhood. W
 Assumes nothing: it takes the place of the usual cropping while a model is pre-trained. It is for objectives that look at two views of an
 image: SLIP's crops, or CleanCLIP's image and augmented image (`first="image", second="image_aug"`). The paper's defender pays with
 accuracy (61.2 to 56.3 % there).
+
+Differs from the paper: where ten draws of a crop do not fit its neighbourhood, a central one of the largest aspect is taken, as
+torchvision does; the authors take one of the first crop's size.
 """
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class SafeCLIP(Objective):
         (x, x_aug), (t, t_aug) = (map(gather, out[k].chunk(2)) for k in ("image_features", "text_features"))
         s = out["logit_scale"]
         safe = torch.ones(len(x), dtype=torch.bool, device=x.device) if self.everything else among(self.safe, batch)
-        u, v = (t_aug, x_aug) if self.cross_aug else (t, x)
+        u, v = (t_aug, x_aug) if self.cross_aug and not self.everything else (t, x)
         cross = (cross_entropy(x[safe], u[safe], s) + cross_entropy(t[safe], v[safe], s)) / 2
         near = {"image": self.banks["image"].nearest(x), "text": self.banks["text"].nearest(t)}
         unimodal = (cross_entropy(near["image"][~safe], x_aug[~safe], s) + cross_entropy(near["text"][~safe], t_aug[~safe], s)) / 2
