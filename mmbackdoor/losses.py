@@ -69,6 +69,11 @@ def both_ways(a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
     return (cross_entropy(a, b, scale) + cross_entropy(b, a, scale)) / 2
 
 
+def one_way(x: Tensor, x_aug: Tensor, t: Tensor, t_aug: Tensor, scale: Tensor | float) -> Tensor:
+    """CleanCLIP's terms within a modality, of gathered rows: each must find its own augmented view among those of its kind."""
+    return (cross_entropy(x, x_aug, scale) + cross_entropy(t, t_aug, scale)) / 2
+
+
 def info_nce(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """The same of this process's rows (B, D), over the global batch."""
     return both_ways(gather(a), gather(b), scale)

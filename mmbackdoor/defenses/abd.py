@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..augment import augmented_image, augmented_text
 from ..clip import CLIP
-from ..losses import both_ways, cross_entropy, gather, world
+from ..losses import both_ways, gather, one_way, world
 from ..types import Batch, Objective, View
 
 
@@ -81,5 +81,5 @@ class ABD(Objective):
         (x, x_aug), (t, t_aug) = (map(gather, out[k].chunk(2)) for k in ("image_features", "text_features"))
         s = out["logit_scale"]
         cross = both_ways(x, t, s)
-        inmodal = (cross_entropy(x, x_aug, s) + cross_entropy(t, t_aug, s)) / 2
+        inmodal = one_way(x, x_aug, t, t_aug, s)
         return {"loss": self.cross * cross + self.inmodal * inmodal, "cross": cross, "inmodal": inmodal}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..augment import augmented_image, augmented_text, check_synonyms
 from ..clip import CLIP
-from ..losses import cross_entropy, gather, info_nce
+from ..losses import gather, info_nce, one_way
 from ..types import Batch, Objective, View
 
 
@@ -51,6 +51,5 @@ class CleanCLIP(Objective):
         if self.symmetric:
             inmodal = (info_nce(x, x_aug, s) + info_nce(t, t_aug, s)) / 2
         else:
-            x, x_aug, t, t_aug = gather(x), gather(x_aug), gather(t), gather(t_aug)
-            inmodal = (cross_entropy(x, x_aug, s) + cross_entropy(t, t_aug, s)) / 2
+            inmodal = one_way(*map(gather, (x, x_aug, t, t_aug)), s)
         return {"loss": self.cross * cross + self.inmodal * inmodal, "cross": cross, "inmodal": inmodal}

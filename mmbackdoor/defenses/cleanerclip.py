@@ -22,7 +22,7 @@ from torch import Generator, Tensor, nn
 
 from ..augment import augmented_image, augmented_text
 from ..clip import CLIP
-from ..losses import both_ways, cross_entropy, gather
+from ..losses import both_ways, gather, one_way
 from ..types import Batch, Objective, Sample, View
 
 
@@ -57,5 +57,5 @@ class CleanerCLIP(Objective):
         t, t_aug, part = map(gather, out["text_features"].chunk(3))
         s = out["logit_scale"]
         cross, sub = both_ways(x, t, s), both_ways(x, part, s)
-        inmodal = (cross_entropy(x, x_aug, s) + cross_entropy(t, t_aug, s)) / 2
+        inmodal = one_way(x, x_aug, t, t_aug, s)
         return {"loss": self.cross * cross + self.inmodal * inmodal + self.sub * sub, "cross": cross, "inmodal": inmodal, "sub": sub}
