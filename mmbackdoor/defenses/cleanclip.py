@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..augment import augmented_image, augmented_text, check_synonyms
 from ..clip import CLIP
-from ..losses import gather, info_nce, one_way
+from ..losses import both_ways, gather, one_way
 from ..types import Batch, Objective, View
 
 
@@ -47,9 +47,7 @@ class CleanCLIP(Objective):
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         out = model(torch.cat([batch["image"], batch["image_aug"]]), torch.cat([batch["text"], batch["text_aug"]]))
         (x, x_aug), (t, t_aug), s = out["image_features"].chunk(2), out["text_features"].chunk(2), out["logit_scale"]
-        cross = info_nce(x, t, s)
-        if self.symmetric:
-            inmodal = (info_nce(x, x_aug, s) + info_nce(t, t_aug, s)) / 2
-        else:
-            inmodal = one_way(*map(gather, (x, x_aug, t, t_aug)), s)
+        x, x_aug, t, t_aug = gather(x), gather(x_aug), gather(t), gather(t_aug)
+        cross = both_ways(x, t, s)
+        inmodal = (both_ways(x, x_aug, s) + both_ways(t, t_aug, s)) / 2 if self.symmetric else one_way(x, x_aug, t, t_aug, s)
         return {"loss": self.cross * cross + self.inmodal * inmodal, "cross": cross, "inmodal": inmodal}
