@@ -87,6 +87,11 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(a)))
 
 
+def precise(x: Tensor) -> Tensor:
+    """In float32 at least: halves are too coarse to keep, or to compare."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Bank:
     """The last `size` unit rows that were pushed. Pushed gathered rows, it is the same on every process."""
 
@@ -100,8 +105,7 @@ class Bank:
 
     def push(self, rows: Tensor) -> None:
         """Adds rows (N, D), of which only the last `size` are kept."""
-        rows = rows.detach()[-self.size:]
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # halves are too coarse to keep
+        rows = precise(rows.detach()[-self.size:])
         held = self.held.to(rows.device) if len(self.held) else rows[:0]
         room = self.size - len(held)
         self.held, rows = torch.cat([held, rows[:room]]) if room else held, rows[room:]
@@ -136,7 +140,7 @@ def recalled(before: nn.Module, image: Tensor, text: Tensor) -> dict[str, Tensor
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind)
     with torch.autocast(image.device.type, half, enabled=half is not None):
         out = before(image, text)
-    return {k: v.to(torch.promote_types(v.dtype, torch.float32)) for k, v in out.items()}
+    return {k: precise(v) for k, v in out.items()}
 
 
 @contextmanager

@@ -246,7 +246,7 @@ def test_heads_decay_as_the_model_does_but_for_gains_and_biases(train):
 @pytest.mark.parametrize("kind", EVERY.values(), ids=EVERY)
 def test_micro_batches_of_every_objective_give_the_mean_of_their_gradients_one_after_another(kind, stream, model):
     """In the second epoch, in which RoCLIP matches and ABL unlearns; two steps, the second with what the first left."""
-    net, objective = replace(model, net=copy.deepcopy(model.net)), kind()
+    net, objective = replace(model, net=copy.deepcopy(model.net), card=copy.deepcopy(model.card)), kind()
     data = list(stream(objective, 30).batches(1))
     objective.setup(net)
     objective.start_epoch(net, lambda: data, 1)

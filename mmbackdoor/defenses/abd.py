@@ -1,5 +1,5 @@
-"""ABD, adversarial backdoor defense (Kuang, Liang, Liang, Liu, Cao, 2024, arXiv:2409.15968). The defender holds the loss and cleans
-a victim.
+"""ABD (Kuang, Liang, Liang, Liu, Cao, 2024, arXiv:2409.15968). The defender holds the loss and cleans a victim: adversarial backdoor
+defense.
 
 A perturbation that fools a model on all images acts on the features that a trigger acts on. So CleanCLIP's augmented image carries one,
 and the model is pulled back to the image without it:

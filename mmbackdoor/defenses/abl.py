@@ -1,5 +1,5 @@
-"""ABL, anti-backdoor learning (Li, Lyu, Koren, Lyu, Li, Ma, 2021, arXiv:2110.11571), and UBT's local unlearning (Liang et al., 2024,
-arXiv:2403.16257). The defender holds the loss and the poisoned data, and has no clean pairs.
+"""ABL (Li, Lyu, Koren, Lyu, Li, Ma, 2021, arXiv:2110.11571): anti-backdoor learning. The defender holds the loss and has the poisoned
+data, and no clean pairs. And the locality of UBT (Liang et al., 2024, arXiv:2403.16257).
 
 What a model fits best, and first, is poison. So the pairs of lowest loss are set aside, here those whose image and caption are most
 alike for the model, a `share` of all; the loss of the others goes down, that of these goes up, until they match no better than chance:

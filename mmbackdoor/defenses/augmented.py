@@ -1,6 +1,7 @@
-"""Strong augmentation as a baseline, for pre-training and for cleaning. The defender holds the loss.
+"""RandAugment (Cubuk, Zoph, Shlens, Le, 2019, arXiv:1909.13719) and its like, as a baseline. The defender holds the loss, from the start or
+to clean a victim.
 
-CLIP's loss on images after RandAugment (Cubuk et al., 2019, arXiv:1909.13719), AutoAugment (arXiv:1805.09501) or SimCLR's colours, and on
+CLIP's loss on images after RandAugment, AutoAugment (arXiv:1805.09501) or SimCLR's colours, and on
 captions with some words swapped, deleted or repeated (EDA, arXiv:1901.11196):
 
     loss = CLIP(Ĩ, T̃)

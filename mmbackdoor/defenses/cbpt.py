@@ -1,5 +1,6 @@
-"""CBPT, class-wise backdoor prompt tuning (Kong, Fang, Guo, Qing, Gao, Chen, Xia, Xu, 2025, arXiv:2502.19269). The defender holds the loss
-and cleans a victim, of which nothing is changed: words before each class's name are learned, against a trigger that is reconstructed.
+"""CBPT (Kong, Fang, Guo, Qing, Gao, Chen, Xia, Xu, 2025, arXiv:2502.19269). The defender holds the loss and cleans a victim, of which
+nothing is changed: words before each class's name are learned, against a trigger that is reconstructed (class-wise backdoor prompt
+tuning).
 
 1. A patch m * p + (1 - m) * x is looked for that makes images alike and unlike what they were:
 

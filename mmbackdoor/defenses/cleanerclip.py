@@ -1,4 +1,4 @@
-"""CleanerCLIP, also TA-Cleaner (Xun, Liang, Jia, Liu, Cao, 2024, arXiv:2409.17601). The defender holds the loss and cleans a victim.
+"""CleanerCLIP (Xun, Liang, Jia, Liu, Cao, 2024, arXiv:2409.17601), also TA-Cleaner. The defender holds the loss and cleans a victim.
 
 CleanCLIP's augmented captions leave whole sentences tied to images. Here each image must also find a part of its caption among parts
 of the others', which ties it to words:

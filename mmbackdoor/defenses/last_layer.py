@@ -1,6 +1,7 @@
-"""Last-layer retraining (Kirichenko, Izmailov, Wilson, 2022, arXiv:2204.02937), on CLIP: both towers stay, their projections are new.
+"""Last-layer retraining (Kirichenko, Izmailov, Wilson, 2022, arXiv:2204.02937), on CLIP. The defender holds the loss and cleans a victim:
+both towers stay, their projections are new.
 
-The defender holds the loss. Features of the towers are frozen, and CLIP's loss on clean pairs teaches the two last linear layers, which
+Features of the towers are frozen, and CLIP's loss on clean pairs teaches the two last linear layers, which
 map them to the shared space, anew (`reset`) or from where the victim left them:
 
     loss = CLIP(W I, V T), over W, V and the temperature alone

@@ -1,4 +1,4 @@
-"""Localized cropping, the defense of CorruptEncoder (Zhang, Liu, Jia, Gong, 2022, arXiv:2211.08229). The defender holds the loss.
+"""Localized cropping (Zhang, Liu, Jia, Gong, 2022, arXiv:2211.08229), the defense of CorruptEncoder. The defender holds the loss.
 
 Contrastive learning joins a trigger and an object that meet in two random crops of one image. So the second crop comes from the
 neighbourhood of the first: inside its box, made larger by `delta` of its height and width on every side and cut at the image's edge; its
@@ -14,7 +14,7 @@ torchvision does; the authors take one of the first crop's size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Generator, Tensor, nn
 
 from .. import keyed
 from ..clip import CLIP, Augment
+from ..losses import Clip
 from ..types import BadInput, Batch, Objective, Sample, View
 
 Box = tuple[int, int, int, int]
@@ -63,7 +64,7 @@ def neighbours(views: tuple[View, View], scale: tuple[float, float], delta: floa
 class LocalizedCropping(Objective):
     """An objective, with the crops of two of its views drawn so. `scale` is the first crop's share of the area."""
 
-    objective: Objective
+    objective: Objective = field(default_factory=Clip)
     first: str = "crop_1"
     second: str = "crop_2"
     delta: float = 0.2

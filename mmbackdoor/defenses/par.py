@@ -1,4 +1,4 @@
-"""PAR, Perturb and Recover (Singh, Croce, Hein, 2024, arXiv:2412.00727). The defender holds the loss and cleans a victim.
+"""PAR (Singh, Croce, Hein, 2024, arXiv:2412.00727): perturb and recover. The defender holds the loss and cleans a victim.
 
 Fine-tuning on clean pairs, and a push away from the poisoned model's embeddings, until they are `tau` away:
 

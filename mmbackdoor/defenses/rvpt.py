@@ -1,4 +1,4 @@
-"""RVPT, repulsive visual prompt tuning (Zhang, He, Wang, Shen, Feng, 2024, arXiv:2412.20392). The defender holds the loss and cleans a
+"""RVPT (Zhang, He, Wang, Shen, Feng, 2024, arXiv:2412.20392): repulsive visual prompt tuning. The defender holds the loss and cleans a
 victim, of which nothing is changed.
 
 Tokens are learned in every block of the image tower (0.27 % of the parameters), so that images still find their captions, while what
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .. import prompts
 from ..clip import CLIP
-from ..losses import cross_entropy, frozen_copy, gather, recalled
+from ..losses import cross_entropy, frozen_copy, gather, precise, recalled
 from ..types import Batch, Objective
 
 
@@ -72,5 +72,5 @@ class RVPT(Objective):
             recalled(self.before, batch["image"], batch["text"][:1])
         cross = cross_entropy(gather(out["image_features"]), gather(out["text_features"]), out["logit_scale"])
         deep = len(now) // 2
-        alike = F.cosine_similarity(torch.stack(now[deep:]).float(), torch.stack(then[deep:]).float(), dim=-1).clamp(min=0).mean()
+        alike = F.cosine_similarity(precise(torch.stack(now[deep:])), precise(torch.stack(then[deep:])), dim=-1).clamp(min=0).mean()
         return {"loss": cross + self.alpha * alike, "cross": cross, "alike": alike}

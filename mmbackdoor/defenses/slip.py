@@ -1,11 +1,12 @@
-"""SLIP (Mu, Kirillov, Wagner, Xie, 2021, arXiv:2112.12750). Who holds the loss pre-trains so; its victims outlast cleaning.
+"""SLIP (Mu, Kirillov, Wagner, Xie, 2021, arXiv:2112.12750). The defender holds the loss, or whoever pre-trains: no defense by itself, but
+what several of them are made of.
 
 CLIP's loss, and SimCLR's between two crops of the image in other colours, through a head that training alone uses; and the same of two
 edits of the caption, where `text` is not 0:
 
     loss = CLIP(I, T) + image * NTXent(h(C1), h(C2)) + text * NTXent(g(T1), g(T2))
 
-No defense by itself, but what several of them are made of. Models that are pre-trained with terms within a modality keep their backdoor
+Models that are pre-trained with terms within a modality keep their backdoor
 under CleanCLIP and fine-tuning (arXiv:2311.14948).
 
 Differs from the paper: the heads (three layers, batch norm) stand on CLIP's own embedding, not on the features before its projection;

@@ -1,5 +1,5 @@
-"""TBAR, trigger removal by backdoor arithmetic (Abdelraheem, Favero, Bovet, Frossard, 2025, arXiv:2510.14845). The defender holds the
-model.
+"""TBAR (Abdelraheem, Favero, Bovet, Frossard, 2025, arXiv:2510.14845): trigger removal by backdoor arithmetic.
+The defender holds the model.
 
 What a backdoor adds to weights is a direction, and a model that is fine-tuned on triggered pairs alone goes further along it. So it is
 found by that fine-tuning (the donor, a run of its own) and taken off:
