@@ -62,7 +62,8 @@ def attach(net: nn.Module, tokenizer: Callable[[list[str]], Tensor], card: dict[
         attach_to_images(net, told["image"])
     if "classes" in told:
         embedding = parts(net, ("token_embedding", "text.token_embedding", "clip.text_model.embeddings.token_embedding"))
-        net.class_prompts = ClassPrompts(told["classes"], told["words"], tokenizer, embedding)  # type: ignore[arg-type]
+        learned = ClassPrompts(told["classes"], told["words"], tokenizer, embedding)  # type: ignore[arg-type]
+        net.class_prompts = learned.to(embedding.weight)  # type: ignore[arg-type]
         embedding.register_forward_hook(partial(speak, net.class_prompts))
 
 
@@ -77,7 +78,7 @@ def parts(net: nn.Module, names: Sequence[str]) -> nn.Module:
 def attach_to_images(net: nn.Module, n: int) -> None:
     transformer = parts(net, ("visual.transformer",))
     blocks: nn.ModuleList = transformer.resblocks  # type: ignore[assignment]
-    prompts = ImagePrompts(len(blocks), n, transformer.width)  # type: ignore[arg-type]
+    prompts = ImagePrompts(len(blocks), n, transformer.width).to(next(transformer.parameters()))  # type: ignore[arg-type]
     net.visual.prompts = prompts  # type: ignore[union-attr]
     for i, block in enumerate(blocks):
         block.register_forward_pre_hook(partial(show, prompts, i, bool(transformer.batch_first)))

@@ -75,7 +75,6 @@ class CBPT(Objective):
         clip.net.requires_grad_(False)
         clip.card["prompts"] = {**clip.card.get("prompts", {}), "classes": list(self.classes), "words": self.words}
         prompts.attach(clip.net, clip.tokenizer, {"prompts": {"classes": self.classes, "words": self.words}})
-        clip.net.to(clip.device)
         self.learned: prompts.ClassPrompts = clip.net.class_prompts  # type: ignore[assignment]
         self.normalise = clip.normalise
         self.found = torch.empty(0)  # logits of the patch and its mask, (4, H, W)

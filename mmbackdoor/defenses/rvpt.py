@@ -57,7 +57,7 @@ class RVPT(Objective):
         self.before = frozen_copy(clip.net)
         clip.card["prompts"] = {**clip.card.get("prompts", {}), "image": self.n}
         prompts.attach_to_images(clip.net, self.n)
-        self.net = clip.net.to(clip.device)
+        self.net = clip.net
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The towers are frozen, so those of the checkpoint, which are loaded by now, are the victim's."""
