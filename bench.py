@@ -65,7 +65,7 @@ def main(config: tyro.conf.Positional[str], seeds: tuple[int, ...] = (0,), recor
     found = {r.directory: run.read_results(r.directory) for r in runs}  # 3
     out = Path(runs[0].out) / suite.name / "report.html"
     of = lambda recipes: [recipe.seeded(r, seed).directory for seed in seeds for r in recipes]  # noqa: E731
-    shown = of(suite.recipes) + [d for r in suite.once if (d := recipe.seeded(r, seeds[0]).directory) not in of(suite.recipes)]
+    shown = list(dict.fromkeys([*of(suite.recipes), *(recipe.seeded(r, seeds[0]).directory for r in suite.once)]))
     report.html(suite.name, shown, out, sweep=of(suite.sweep))
     if suite.table == "attacks":
         print("\n" + report.attacks([found[d] for d in shown]), end="")

@@ -1,6 +1,6 @@
-"""The tables of defenses in docs/defenses.md, and the picture there, from the recorded results.
+"""The tables of defenses in docs/defenses.md, and a picture of them, from the recorded results.
 
-    python benchmarks/defenses.py --page docs/defenses.md --picture docs/defenses.svg
+    python benchmarks/defenses.py --page docs/defenses.md --picture-to docs/defenses.svg
 
 Defenses stand in order of the area under their front: of the settings of a defense that are recorded for an attack, each covers the
 rectangle of lower accuracy and higher attack success, and the area is that of all of them together. 1 is a model that errs nowhere and is
@@ -55,6 +55,12 @@ def settings(suite: Any, defense: Recipe, victim: Recipe, called: str) -> list[R
     return [own, *(swept if own is defense else [])]
 
 
+def told(name: str, results: Sequence[Result], points: Sequence[tuple[float, float]], time: str) -> list[str]:
+    """A row of HEADERS."""
+    entry = report.summary(results)[0]
+    return [name, str(entry["seeds"]), f"{area(points):.3f}", *(report.ranged(entry, key) for key in ("accuracy", "asr", "lift")), time]
+
+
 def ranking(suite: Any, victim: Recipe, called: str, results: str) -> tuple[str, dict[str, list[tuple[float, float]]]]:
     """The table of an attack, and the points of its picture."""
     before = recorded([victim], results)
@@ -63,7 +69,8 @@ def ranking(suite: Any, victim: Recipe, called: str, results: str) -> tuple[str,
     defenses = [d for d in suite.PRETRAINING + suite.CLEANING + suite.OTHERS if suite.applies(d, victim)]
     plain = mean(recorded([suite.against(suite.finetune, victim, called)], results), "cost", "train_seconds")
     trained = mean(before, "cost", "train_seconds")
-    rows, drawn = [], {"none": [p] if (p := point(before)) else []}
+    drawn = {"none": [p] if (p := point(before)) else []}
+    first, rows = told("none", before, drawn["none"], report.DASH), []
     for d in defenses:
         runs = settings(suite, d, victim, called)
         own = recorded(runs[:1], results)
@@ -74,12 +81,7 @@ def ranking(suite: Any, victim: Recipe, called: str, results: str) -> tuple[str,
         of, what = (plain, "") if runs[0].init else (trained, " of training")
         took = mean(own, "cost", "train_seconds")
         time = f"{took / of:.2f}{what}" if took and of else report.DASH
-        entry = report.summary(own)[0]
-        rows.append((area(points), [last(d.name), str(entry["seeds"]), f"{area(points):.3f}",
-                                    *(report.ranged(entry, key) for key in ("accuracy", "asr", "lift")), time]))
-    entry = report.summary(before)[0]
-    first = ["none", str(entry["seeds"]), f"{area(drawn['none']):.3f}", *(report.ranged(entry, key) for key in ("accuracy", "asr", "lift")),
-             report.DASH]
+        rows.append((area(points), told(last(d.name), own, points, time)))
     return report.marked_down([list(HEADERS), first, *(row for _, row in sorted(rows, key=lambda r: -r[0]))]), drawn
 
 

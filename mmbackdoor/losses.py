@@ -96,36 +96,32 @@ class Bank:
     """The last `size` unit rows that were pushed. Pushed gathered rows, it is the same on every process."""
 
     def __init__(self, size: int):
-        self.size, self.held, self.next = size, torch.empty(0), 0
-
-    @property
-    def rows(self) -> Tensor:
-        """(at most size, D), in no order."""
-        return self.held
+        self.size, self.next = size, 0
+        self.rows = torch.empty(0)  # (at most size, D), in no order
 
     def push(self, rows: Tensor) -> None:
         """Adds rows (N, D), of which only the last `size` are kept."""
         rows = precise(rows.detach()[-self.size:])
-        held = self.held.to(rows.device) if len(self.held) else rows[:0]
+        held = self.rows.to(rows.device) if len(self.rows) else rows[:0]
         room = self.size - len(held)
-        self.held, rows = torch.cat([held, rows[:room]]) if room else held, rows[room:]
+        self.rows, rows = torch.cat([held, rows[:room]]) if room else held, rows[room:]
         if len(rows):
             at = torch.arange(self.next, self.next + len(rows), device=rows.device) % self.size
-            self.held[at], self.next = rows, (self.next + len(rows)) % self.size
+            self.rows[at], self.next = rows, (self.next + len(rows)) % self.size
 
     def nearest(self, x: Tensor) -> Tensor:
         """(N, D) -> for each row the one of the bank that is most alike, without a gradient; itself while the bank is empty. One matrix
         product: a bank of some ten thousand rows is too small for an index to be faster."""
-        if not len(self.held):
+        if not len(self.rows):
             return x.detach()
-        self.held = self.held.to(x.device)
-        return self.held[(x.detach().to(self.held.dtype) @ self.held.T).argmax(1)].to(x.dtype)
+        self.rows = self.rows.to(x.device)
+        return self.rows[(x.detach().to(self.rows.dtype) @ self.rows.T).argmax(1)].to(x.dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.held, "next": self.next}
+        return {"rows": self.rows, "next": self.next}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.held, self.next = state["rows"].clone(), state["next"]
+        self.rows, self.next = state["rows"].clone(), state["next"]
 
 
 def frozen_copy(net: nn.Module) -> nn.Module:

@@ -51,8 +51,10 @@ class ClassPrompts(nn.Module):
     def said(self) -> Iterator[Tensor]:
         """In here the tokens that it gives, (classes, context length), are encoded with the learned words."""
         self.speaking = True
-        yield self.tokens
-        self.speaking = False
+        try:
+            yield self.tokens
+        finally:
+            self.speaking = False
 
 
 def attach(net: nn.Module, tokenizer: Callable[[list[str]], Tensor], card: dict[str, Any]) -> None:
@@ -65,6 +67,12 @@ def attach(net: nn.Module, tokenizer: Callable[[list[str]], Tensor], card: dict[
         learned = ClassPrompts(told["classes"], told["words"], tokenizer, embedding)  # type: ignore[arg-type]
         net.class_prompts = learned.to(embedding.weight)  # type: ignore[arg-type]
         embedding.register_forward_hook(partial(speak, net.class_prompts))
+
+
+def learn(net: nn.Module, tokenizer: Callable[[list[str]], Tensor], card: dict[str, Any], **told: Any) -> None:
+    """Gives a network new prompts, and says so on its card."""
+    attach(net, tokenizer, {"prompts": told})
+    card["prompts"] = {**card.get("prompts", {}), **told}
 
 
 def parts(net: nn.Module, names: Sequence[str]) -> nn.Module:

@@ -222,7 +222,7 @@ def mapped(value: T, change: Callable[[str], str]) -> T:
         new = tuple(mapped(v, change) for v in value)
         return value if all(a is b for a, b in zip(value, new, strict=True)) else new  # type: ignore[return-value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
         different = {name: new for name, v in fields.items() if (new := mapped(v, change)) is not v}
         return replace(value, **different) if different else value
     return value

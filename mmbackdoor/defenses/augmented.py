@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..augment import Policy, augmented_image, augmented_text, check_synonyms
 from ..clip import CLIP
-from ..losses import info_nce
+from ..losses import Clip
 from ..types import Batch, Objective, View
 
 
@@ -42,5 +42,4 @@ class Augmented(Objective):
         check_synonyms(self.synonyms)
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        out = model(batch["image"], batch["text"])
-        return {"loss": info_nce(out["image_features"], out["text_features"], out["logit_scale"])}
+        return Clip().loss(model, batch)

@@ -73,8 +73,7 @@ class CBPT(Objective):
         if len({name.lower() for name in self.classes}) != len(self.classes) or len(self.classes) < 2:
             raise BadInput("--objective.classes: must be two different names at least; give those of the evaluation set")
         clip.net.requires_grad_(False)
-        clip.card["prompts"] = {**clip.card.get("prompts", {}), "classes": list(self.classes), "words": self.words}
-        prompts.attach(clip.net, clip.tokenizer, {"prompts": {"classes": self.classes, "words": self.words}})
+        prompts.learn(clip.net, clip.tokenizer, clip.card, classes=list(self.classes), words=self.words)
         self.learned: prompts.ClassPrompts = clip.net.class_prompts  # type: ignore[assignment]
         self.normalise = clip.normalise
         self.found = torch.empty(0)  # logits of the patch and its mask, (4, H, W)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import keyed
 from ..clip import CLIP
-from ..losses import info_nce
+from ..losses import Clip
 from ..types import BadInput, Batch, Objective
 
 
@@ -48,5 +48,4 @@ class LastLayer(Objective):
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         model.eval()  # what is frozen keeps its statistics too
-        out = model(batch["image"], batch["text"])
-        return {"loss": info_nce(out["image_features"], out["text_features"], out["logit_scale"])}
+        return Clip().loss(model, batch)

@@ -40,9 +40,11 @@ def watched(net: nn.Module) -> Iterator[list[Tensor]]:
         seen.append(out[:, 0] if transformer.batch_first else out[0])
 
     watches = [block.register_forward_hook(see) for block in transformer.resblocks]
-    yield seen
-    for watch in watches:
-        watch.remove()
+    try:
+        yield seen
+    finally:
+        for watch in watches:
+            watch.remove()
 
 
 @dataclass(eq=False)
@@ -55,8 +57,7 @@ class RVPT(Objective):
     def setup(self, clip: CLIP) -> None:
         clip.net.requires_grad_(False)
         self.before = frozen_copy(clip.net)
-        clip.card["prompts"] = {**clip.card.get("prompts", {}), "image": self.n}
-        prompts.attach_to_images(clip.net, self.n)
+        prompts.learn(clip.net, clip.tokenizer, clip.card, image=self.n)
         self.net = clip.net
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracles import gradients
 from torch import Tensor
 
 from mmbackdoor import clip, losses, shards
@@ -44,14 +45,6 @@ def fitted(tiny: CLIP, batches: Batches) -> CLIP:
         optimizer.step()
         optimizer.zero_grad()
     return model
-
-
-def gradients(model: CLIP, objective: losses.Objective, batch: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    model.net.train()
-    model.net.zero_grad(set_to_none=True)
-    out = objective.loss(model.net, batch)
-    out["loss"].backward()
-    return {k: v.detach() for k, v in out.items()}, {k: p.grad.clone() for k, p in model.net.named_parameters() if p.grad is not None}
 
 
 def started(model: CLIP, **options: Any) -> ABL:
@@ -112,7 +105,7 @@ def test_without_a_share_it_is_clip(tiny: CLIP, batches: Batches) -> None:
     objective.start_epoch(tiny, lambda: iter(batches), 0)
     assert objective.isolated == frozenset()
     for batch in batches[:2]:
-        (ours, g), (theirs, h) = gradients(tiny, objective, batch), gradients(tiny, losses.Clip(), batch)
+        (ours, g), (theirs, h) = gradients(tiny.net, objective, batch), gradients(tiny.net, losses.Clip(), batch)
         assert torch.equal(ours["loss"], theirs["loss"]) and same(g, h)
 
 
@@ -139,7 +132,7 @@ def test_early_epochs_are_clip_and_pairs_are_chosen_once(tiny: CLIP, fitted: CLI
     objective = started(tiny, share=0.25, early=2)
     for epoch in range(2):
         objective.start_epoch(tiny, never, epoch)
-        (ours, g), (theirs, h) = gradients(tiny, objective, batches[0]), gradients(tiny, losses.Clip(), batches[0])
+        (ours, g), (theirs, h) = gradients(tiny.net, objective, batches[0]), gradients(tiny.net, losses.Clip(), batches[0])
         assert torch.equal(ours["loss"], theirs["loss"]) and same(g, h)
     objective.start_epoch(tiny, lambda: iter(batches), 2)
     chosen = objective.isolated
@@ -161,7 +154,7 @@ def test_the_choice_survives_a_restart(tiny: CLIP, fitted: CLIP, batches: Batche
     resumed.load_state_dict(torch.load(file, weights_only=True))
     resumed.start_epoch(fitted, never, 1)
     assert resumed.isolated == objective.isolated and len(resumed.isolated) == N
-    ours, theirs = (gradients(fitted, o, batches[0])[0] for o in (objective, resumed))
+    ours, theirs = (gradients(fitted.net, o, batches[0])[0] for o in (objective, resumed))
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
@@ -170,7 +163,7 @@ def test_the_choice_survives_a_restart(tiny: CLIP, fitted: CLIP, batches: Batche
 def test_the_loss_is_clips_of_the_others_less_what_the_isolated_images_find(ascent: float, local: bool, fitted: CLIP,
                                                                             batches: Batches) -> None:
     batch, rows = batches[0], range(3)
-    out = gradients(fitted, setting_aside(batch, rows, ascent=ascent, local=local), batch)[0]
+    out = gradients(fitted.net, setting_aside(batch, rows, ascent=ascent, local=local), batch)[0]
     others = losses.Clip().loss(fitted.net, {k: batch[k][3:] for k in ("image", "text")})["loss"].detach()
     assert torch.allclose(out["others"], others, atol=1e-5)
     assert float(out["isolated"]) == pytest.approx(slow_isolated(fitted, batch, rows), abs=1e-4) and out["isolated"] < math.log(N)
@@ -181,7 +174,7 @@ def test_the_loss_is_clips_of_the_others_less_what_the_isolated_images_find(asce
 def test_a_step_down_the_loss_makes_isolated_pairs_match_worse(local: bool, fitted: CLIP, batches: Batches) -> None:
     batch, rows = batches[0], range(N)
     before = slow_isolated(fitted, batch, rows)
-    _, g = gradients(fitted, setting_aside(batch, rows, local=local), batch)
+    _, g = gradients(fitted.net, setting_aside(batch, rows, local=local), batch)
     model = replace(fitted, net=copy.deepcopy(fitted.net))
     length = torch.stack([v.square().sum() for v in g.values()]).sum().sqrt()
     with torch.no_grad():
@@ -192,28 +185,28 @@ def test_a_step_down_the_loss_makes_isolated_pairs_match_worse(local: bool, fitt
 
 def test_above_chance_isolated_pairs_have_no_gradient(fitted: CLIP, batches: Batches) -> None:
     batch = batches[0] | {"text": batches[0]["text"].roll(1, 0)}
-    ours, g = gradients(fitted, setting_aside(batch, range(3)), batch)
-    others, h = gradients(fitted, setting_aside(batch, range(3), ascent=0.0), batch)
+    ours, g = gradients(fitted.net, setting_aside(batch, range(3)), batch)
+    others, h = gradients(fitted.net, setting_aside(batch, range(3), ascent=0.0), batch)
     assert ours["isolated"] > math.log(N) and torch.allclose(ours["loss"], others["others"] - math.log(N), atol=1e-5)
     assert same(g, h) and any(v.any() for v in g.values())
-    below, _ = gradients(fitted, setting_aside(batches[0], range(3)), batches[0])
+    below, _ = gradients(fitted.net, setting_aside(batches[0], range(3)), batches[0])
     assert below["isolated"] < math.log(N)
-    assert not same(*(gradients(fitted, setting_aside(batches[0], range(3), ascent=a), batches[0])[1] for a in (1.0, 0.0)))
+    assert not same(*(gradients(fitted.net, setting_aside(batches[0], range(3), ascent=a), batches[0])[1] for a in (1.0, 0.0)))
 
 
 def test_local_unlearning_teaches_the_text_tower_and_the_temperature_nothing(fitted: CLIP, batches: Batches) -> None:
     batch, rows = batches[0], range(3)
-    local, both, others = (gradients(fitted, setting_aside(batch, rows, **o), batch)[1]
+    local, both, others = (gradients(fitted.net, setting_aside(batch, rows, **o), batch)[1]
                            for o in ({"local": True}, {}, {"ascent": 0.0}))
     assert same(local, others, lambda name: not visual(name)) and same(local, both, visual)
     assert not same(both, others, lambda name: not visual(name)) and not same(local, others, visual)
-    alone = gradients(fitted, setting_aside(batch, range(N), local=True), batch)[1]
+    alone = gradients(fitted.net, setting_aside(batch, range(N), local=True), batch)[1]
     assert not any(g.any() for name, g in alone.items() if not visual(name)) and alone["visual.proj"].any()
 
 
 def test_a_batch_without_isolated_pairs_is_clips(fitted: CLIP, batches: Batches) -> None:
     objective = setting_aside(batches[1], range(N))
-    (ours, g), (theirs, h) = gradients(fitted, objective, batches[0]), gradients(fitted, losses.Clip(), batches[0])
+    (ours, g), (theirs, h) = gradients(fitted.net, objective, batches[0]), gradients(fitted.net, losses.Clip(), batches[0])
     assert torch.equal(ours["loss"], theirs["loss"]) and same(g, h) and not ours["isolated"]
 
 

@@ -1,15 +1,15 @@
 """CleanerCLIP: without parts of captions it is CleanCLIP, parts are runs of words, and an image must find its own among the others'."""
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from oracles import gradients, slow_cross_entropy
 from torch import Tensor, nn
 
-from mmbackdoor import clip, keyed, losses, shards
+from mmbackdoor import clip, keyed, shards
 from mmbackdoor.clip import CLIP, Model
 from mmbackdoor.defenses.cleanclip import CleanCLIP
 from mmbackdoor.defenses.cleanerclip import CleanerCLIP, part_of
@@ -33,27 +33,10 @@ def batch(samples: list[dict[str, Any]], tiny: CLIP) -> dict[str, Any]:
     return collate(tiny, CleanerCLIP().views, samples, seed=0, epoch=0)
 
 
-def gradients(model: CLIP, objective: losses.Objective, batch: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    model.net.train()
-    model.net.zero_grad(set_to_none=True)
-    out = objective.loss(model.net, batch)
-    out["loss"].backward()
-    return {k: v.detach() for k, v in out.items()}, {k: p.grad.clone() for k, p in model.net.named_parameters() if p.grad is not None}
-
-
-def slow_cross_entropy(a: Tensor, b: Tensor, scale: float) -> float:
-    """-1/N sum_i log(exp(s a_i b_i) / sum_j exp(s a_i b_j)), by loops."""
-    total = 0.0
-    for i in range(len(a)):
-        dots = [scale * sum(float(u) * float(v) for u, v in zip(a[i], b[j], strict=True)) for j in range(len(b))]
-        total -= dots[i] - math.log(sum(math.exp(d) for d in dots))
-    return total / len(a)
-
-
 @pytest.mark.parametrize("weights", [{}, {"cross": 0.3, "inmodal": 2.0}], ids=["defaults", "weighed"])
 def test_without_parts_it_is_cleanclip(weights: dict[str, float], tiny: CLIP, batch: dict[str, Any]) -> None:
-    ours, g = gradients(tiny, CleanerCLIP(sub=0, **weights), batch)
-    theirs, h = gradients(tiny, CleanCLIP(**weights), batch)
+    ours, g = gradients(tiny.net, CleanerCLIP(sub=0, **weights), batch)
+    theirs, h = gradients(tiny.net, CleanCLIP(**weights), batch)
     assert all(torch.allclose(ours[k], theirs[k], atol=1e-6) for k in theirs) and g.keys() == h.keys()
     for name in g:
         assert torch.allclose(g[name], h[name], atol=1e-6, rtol=1e-4), name
@@ -68,19 +51,19 @@ def test_each_image_must_find_its_part_and_each_part_its_image(tiny: CLIP, batch
     with torch.no_grad():
         alone = tiny.net(batch["image"], batch["part"])
     x, p, s = alone["image_features"].double(), alone["text_features"].double(), float(alone["logit_scale"])
-    out = gradients(tiny, CleanerCLIP(), batch)[0]
+    out = gradients(tiny.net, CleanerCLIP(), batch)[0]
     assert float(out["sub"]) == pytest.approx((slow_cross_entropy(x, p, s) + slow_cross_entropy(p, x, s)) / 2, abs=2e-5)
     assert not torch.allclose(out["sub"], out["cross"], atol=1e-4), "the example does not tell parts from captions"
 
 
 def test_whole_captions_for_parts_are_clips_loss_once_more(tiny: CLIP, batch: dict[str, Any]) -> None:
-    out = gradients(tiny, CleanerCLIP(), batch | {"part": batch["text"]})[0]
+    out = gradients(tiny.net, CleanerCLIP(), batch | {"part": batch["text"]})[0]
     assert torch.allclose(out["sub"], out["cross"], atol=1e-6)
 
 
 def test_the_weights_are_weights(tiny: CLIP, batch: dict[str, Any]) -> None:
-    plain = gradients(tiny, CleanerCLIP(), batch)[0]
-    weighed = gradients(tiny, CleanerCLIP(cross=0.5, inmodal=3.0, sub=0.25), batch)[0]
+    plain = gradients(tiny.net, CleanerCLIP(), batch)[0]
+    weighed = gradients(tiny.net, CleanerCLIP(cross=0.5, inmodal=3.0, sub=0.25), batch)[0]
     assert torch.allclose(plain["loss"], plain["cross"] + plain["inmodal"] + plain["sub"], atol=1e-5)
     assert torch.allclose(weighed["loss"], 0.5 * plain["cross"] + 3 * plain["inmodal"] + 0.25 * plain["sub"], atol=1e-5)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from oracles import gradients
 from torch import Tensor
 
 from mmbackdoor import clip, losses, shards
@@ -58,14 +59,6 @@ def emptied(objective: CompRess, **options: Any) -> CompRess:
     fresh.teacher = objective.teacher
     fresh.banks = {name: losses.Bank(fresh.anchors) for name in objective.banks}
     return fresh
-
-
-def gradients(model: CLIP, objective: losses.Objective, batch: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    model.net.train()
-    model.net.zero_grad(set_to_none=True)
-    out = objective.loss(model.net, batch)
-    out["loss"].backward()
-    return {k: v.detach() for k, v in out.items()}, {k: p.grad.clone() for k, p in model.net.named_parameters() if p.grad is not None}
 
 
 def train(model: CLIP, objective: losses.Objective, batches: list[dict[str, Any]]) -> None:
@@ -173,7 +166,7 @@ def test_images_and_captions_have_anchors_of_their_own(distilled: tuple[CLIP, Co
 def test_the_terms_are_of_the_features_and_the_teachers(distilled: tuple[CLIP, CompRess], batches: list[dict[str, Any]]) -> None:
     student, kept = distilled
     batch, objective = batches[0], emptied(kept, cross=0.7)
-    out = gradients(student, objective, batch)[0]
+    out = gradients(student.net, objective, batch)[0]
     with torch.no_grad():
         ours, theirs = student.net(batch["image"], batch["text"]), objective.teacher(batch["image"], batch["text"])
     for part in ("image", "text"):
@@ -187,11 +180,11 @@ def test_without_clips_loss_it_does_not_matter_which_caption_belongs_to_which_im
                                                                                     batches: list[dict[str, Any]]) -> None:
     student, kept = distilled
     turned = batches[0] | {"text": batches[0]["text"].roll(1, 0)}
-    (a, g), (b, h) = (gradients(student, emptied(kept, cross=0.0), batch) for batch in (batches[0], turned))
+    (a, g), (b, h) = (gradients(student.net, emptied(kept, cross=0.0), batch) for batch in (batches[0], turned))
     assert torch.allclose(a["loss"], a["image"] + a["text"], atol=1e-6) and torch.allclose(a["loss"], b["loss"], atol=1e-5)
     assert g.keys() == h.keys() and all(torch.allclose(g[k], h[k], atol=1e-5, rtol=1e-3) for k in g)
     assert "logit_scale" not in g or not g["logit_scale"].any()
-    with_clip = [gradients(student, emptied(kept), batch)[0]["loss"] for batch in (batches[0], turned)]
+    with_clip = [gradients(student.net, emptied(kept), batch)[0]["loss"] for batch in (batches[0], turned)]
     assert not torch.allclose(*with_clip, atol=1e-4)
 
 
@@ -200,9 +193,9 @@ def test_training_draws_the_student_to_the_teacher(anchors: int, tiny_model: str
     model = victim("vit", 2, tiny_model)
     objective = CompRess(anchors=anchors, cross=0.0)
     objective.setup(model)
-    first = gradients(model, emptied(objective, cross=0.0), batches[0])[0]["loss"]
+    first = gradients(model.net, emptied(objective, cross=0.0), batches[0])[0]["loss"]
     train(model, objective, batches[:1] * 20)
-    assert gradients(model, emptied(objective, cross=0.0), batches[0])[0]["loss"] < 0.5 * first
+    assert gradients(model.net, emptied(objective, cross=0.0), batches[0])[0]["loss"] < 0.5 * first
 
 
 @pytest.mark.parametrize("anchors", [128_000, N + 2])
@@ -211,11 +204,11 @@ def test_a_resumed_run_has_the_teacher_and_the_anchors(anchors: int, tiny_model:
     objective, resumed = CompRess(anchors=anchors), CompRess(anchors=anchors)
     objective.setup(model)
     for batch in batches[:3]:
-        gradients(model, objective, batch)
+        gradients(model.net, objective, batch)
     torch.save(objective.state_dict(), file := io.BytesIO())
     file.seek(0)
     resumed.setup(other)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     for batch in batches[3:] * 2:
-        a, b = (gradients(model, o, batch)[0] for o in (objective, resumed))
+        a, b = (gradients(model.net, o, batch)[0] for o in (objective, resumed))
         assert all(torch.equal(a[k], b[k]) for k in a)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from torch import Tensor, nn
+from oracles import gradients
+from torch import nn
 
 from mmbackdoor import clip, losses, shards
 from mmbackdoor.clip import CLIP, Model
@@ -58,14 +59,6 @@ def opposite(model: CLIP, *modalities: str) -> CLIP:
     return replace(model, net=net)
 
 
-def gradients(model: CLIP, objective: losses.Objective, batch: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    model.net.train()
-    model.net.zero_grad(set_to_none=True)
-    out = objective.loss(model.net, batch)
-    out["loss"].backward()
-    return {k: v.detach() for k, v in out.items()}, {k: p.grad.clone() for k, p in model.net.named_parameters() if p.grad is not None}
-
-
 def of(modality: str, name: str) -> bool:
     """Whether a parameter is of the modality's tower."""
     return name != "logit_scale" and name.startswith("visual.") == (modality == "image")
@@ -91,8 +84,8 @@ def test_the_defaults_are_the_papers() -> None:
 def test_beyond_the_threshold_it_is_clip(case: str, victim: CLIP, batch: dict[str, Any]) -> None:
     far = "far" in case
     model = opposite(shifted(victim), "image", "text") if far else shifted(victim) if "near" in case else victim
-    out, g = gradients(model, par(victim) if far else par(victim, tau=0), batch)
-    theirs, h = gradients(model, losses.Clip(), batch)
+    out, g = gradients(model.net, par(victim) if far else par(victim, tau=0), batch)
+    theirs, h = gradients(model.net, losses.Clip(), batch)
     assert torch.equal(out["loss"], theirs["loss"]) and g.keys() == h.keys()
     assert all(torch.equal(g[k], h[k]) for k in g)
     assert far == (float(out["distance_image"]) > 2.15) and ("at" in case) == (float(out["distance_image"]) < 1e-9)
@@ -100,7 +93,7 @@ def test_beyond_the_threshold_it_is_clip(case: str, victim: CLIP, batch: dict[st
 
 def test_the_distances_are_means_of_squares_between_unit_rows(victim: CLIP, batch: dict[str, Any]) -> None:
     model = shifted(victim)
-    out = gradients(model, par(victim), batch)[0]
+    out = gradients(model.net, par(victim), batch)[0]
     expected = slow_distances(model.net, victim.net, batch)
     assert expected["image"] > 1e-3 and abs(expected["image"] - expected["text"]) > 1e-4
     for modality, distance in expected.items():
@@ -110,8 +103,8 @@ def test_the_distances_are_means_of_squares_between_unit_rows(victim: CLIP, batc
 @pytest.mark.parametrize("push", [0.5, 3.0])
 def test_within_the_threshold_the_loss_is_clips_less_the_weighed_distances(push: float, victim: CLIP, batch: dict[str, Any]) -> None:
     model = shifted(victim)
-    out = gradients(model, par(victim, push=push), batch)[0]
-    assert torch.equal(out["cross"], gradients(model, losses.Clip(), batch)[0]["loss"])
+    out = gradients(model.net, par(victim, push=push), batch)[0]
+    assert torch.equal(out["cross"], gradients(model.net, losses.Clip(), batch)[0]["loss"])
     away = float(out["distance_image"] + out["distance_text"])
     assert away > 1e-3 and float(out["loss"]) == pytest.approx(float(out["cross"]) - push * away, abs=1e-5)
 
@@ -119,7 +112,7 @@ def test_within_the_threshold_the_loss_is_clips_less_the_weighed_distances(push:
 def test_descending_the_term_alone_moves_both_modalities_away(victim: CLIP, batch: dict[str, Any]) -> None:
     model, objective = shifted(victim), par(victim, tau=4.0)
     before = slow_distances(model.net, victim.net, batch)
-    pushed, plain = (gradients(model, o, batch)[1] for o in (objective, losses.Clip()))
+    pushed, plain = (gradients(model.net, o, batch)[1] for o in (objective, losses.Clip()))
     term = {k: pushed[k] - plain[k] for k in pushed}
     length = torch.stack([g.square().sum() for g in term.values()]).sum().sqrt()
     assert length > 1e-4
@@ -133,8 +126,8 @@ def test_descending_the_term_alone_moves_both_modalities_away(victim: CLIP, batc
 @pytest.mark.parametrize(("far", "near"), [("image", "text"), ("text", "image")])
 def test_each_modality_has_its_own_threshold(far: str, near: str, victim: CLIP, batch: dict[str, Any]) -> None:
     model = opposite(shifted(victim), far)
-    out, g = gradients(model, par(victim), batch)
-    theirs, h = gradients(model, losses.Clip(), batch)
+    out, g = gradients(model.net, par(victim), batch)
+    theirs, h = gradients(model.net, losses.Clip(), batch)
     assert float(out[f"distance_{far}"]) > 2.15 > float(out[f"distance_{near}"]) > 1e-3
     assert float(out["loss"]) == pytest.approx(float(theirs["loss"] - 0.5 * out[f"distance_{near}"]), abs=1e-5)
     assert all(torch.equal(g[k], h[k]) for k in g if not of(near, k))
@@ -144,9 +137,9 @@ def test_each_modality_has_its_own_threshold(far: str, near: str, victim: CLIP, 
 
 def test_at_the_threshold_itself_there_still_is_a_push(victim: CLIP, batch: dict[str, Any]) -> None:
     model = shifted(victim)
-    distance = float(gradients(model, par(victim), batch)[0]["distance_image"])
-    at, below = (gradients(model, par(victim, tau=tau), batch)[1]["visual.proj"] for tau in (distance, distance * (1 - 1e-6)))
-    assert torch.equal(below, gradients(model, losses.Clip(), batch)[1]["visual.proj"]) and not torch.equal(at, below)
+    distance = float(gradients(model.net, par(victim), batch)[0]["distance_image"])
+    at, below = (gradients(model.net, par(victim, tau=tau), batch)[1]["visual.proj"] for tau in (distance, distance * (1 - 1e-6)))
+    assert torch.equal(below, gradients(model.net, losses.Clip(), batch)[1]["visual.proj"]) and not torch.equal(at, below)
 
 
 @pytest.mark.parametrize("network", ["vit", "resnet"])
@@ -171,7 +164,7 @@ def test_a_resumed_run_is_pushed_from_the_same_victim(victim: CLIP, batch: dict[
     torch.save(objective.state_dict(), file := io.BytesIO())
     file.seek(0)
     resumed = par(clip.load(Model(tiny_model), seed=9))
-    elsewhere = gradients(model, resumed, batch)[0]["distance_image"]
+    elsewhere = gradients(model.net, resumed, batch)[0]["distance_image"]
     resumed.load_state_dict(torch.load(file, weights_only=True))
-    ours, theirs = (gradients(model, o, batch)[0] for o in (objective, resumed))
+    ours, theirs = (gradients(model.net, o, batch)[0] for o in (objective, resumed))
     assert all(torch.equal(ours[k], theirs[k]) for k in ours) and not torch.equal(elsewhere, ours["distance_image"])
