@@ -4,7 +4,7 @@
     python benchmarks/objectives.py --model RN50 --batch 16 --only cleanclip roclip par
 
 A step is a loss, its gradient and AdamW on views that are made already. Bank and anchors are full, RoCLIP is in a matched epoch, SafeCLIP
-past its warm-up with half of the pairs safe. Objectives take turns; the median of the rounds. Beside them the two ways to look up the
+past its warm-up. Objectives take turns; the median of the rounds. Beside them the two ways to look up the
 nearest of RoCLIP's 21,845 rows: torch's product and argmax, and FAISS's exact index.
 """
 import importlib
@@ -62,8 +62,7 @@ def step(name: str, objective: Objective, model: str, batch: int, accelerator: A
         begun(objective, mine, views)
     except BadInput as error:
         raise BadInput(f"{name}: {error}") from error
-    parts = [mine.net, *filter(None, [objective.heads()])]
-    optimizer = torch.optim.AdamW([g for part in parts for g in fit.groups(part.to(accelerator.device), 0.1)], lr=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(fit.all_groups(mine.net, objective, 0.1, accelerator.device), lr=1e-6, fused=True)
     net, optimizer = accelerator.prepare(mine.net, optimizer)
 
     def run() -> None:

@@ -76,6 +76,12 @@ def groups(net: nn.Module, wd: float) -> list[dict[str, Any]]:
     return [{"params": free, "weight_decay": 0.0}, {"params": decayed, "weight_decay": wd}]
 
 
+def all_groups(net: nn.Module, objective: Objective, wd: float, device: torch.device) -> list[dict[str, Any]]:
+    """Those of the network and of the heads that an objective trains along, which are moved to the device."""
+    heads = objective.heads()
+    return groups(net, wd) + ([] if heads is None else groups(heads.to(device), wd))
+
+
 def fit(clip: CLIP, objective: Objective, stream: Stream, accelerator: Accelerator, schedule: Schedule, folder: Path, *,
         resume: bool = False, save_frequency: int = 0, save_steps: int = 0, seed: int = 0,
         each_epoch: Callable[[int], dict[str, Any]] = lambda epoch: {}) -> Progress:
@@ -90,8 +96,7 @@ def fit(clip: CLIP, objective: Objective, stream: Stream, accelerator: Accelerat
     clip.net.to(accelerator.device).to(memory_format=torch.channels_last)  # a sixth faster for convolutions on a CPU
     peak_memory(reset=True)
     objective.setup(clip)
-    parts = [clip.net] + [h.to(accelerator.device) for h in [objective.heads()] if h is not None]
-    optimizer = torch.optim.AdamW([group for part in parts for group in groups(part, schedule.wd)], lr=schedule.lr,
+    optimizer = torch.optim.AdamW(all_groups(clip.net, objective, schedule.wd, accelerator.device), lr=schedule.lr,
                                   betas=(schedule.beta1, schedule.beta2), eps=schedule.eps, fused=True)
     model, optimizer = accelerator.prepare(clip.net, optimizer)
     net = accelerator.unwrap_model(model)
