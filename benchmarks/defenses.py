@@ -51,8 +51,20 @@ def settings(suite: Any, defense: Recipe, victim: Recipe, called: str) -> list[R
     """The runs of a defense against a victim: the one of the table, and of its sweep, where that victim was swept."""
     own = suite.against(defense, victim, called)
     name = last(defense.name)
-    swept = [r for r in suite.sweeps if last(r.name).startswith(tuple(f"{name}-{what}" for what in ("lr", "scale", "share")))]
+    swept = [r for r in suite.sweeps if last(r.name).startswith(tuple(f"{name}-{what}" for what in ("lr", "scale", "share", "epochs")))]
     return [own, *(swept if own is defense else [])]
+
+
+def machine(result: Result) -> tuple[Any, ...]:
+    """What the seconds of two runs must share to be compared."""
+    return tuple(result["environment"].get(key) for key in ("torch", "device", "threads", "world_size"))
+
+
+def slowdown(results: Sequence[Result], plain: Sequence[Result], what: str) -> str:
+    """Training seconds over the median of the plain runs on the same machine; a dash where there are none."""
+    ratios = [r["cost"]["train_seconds"] / statistics.median(same) for r in results
+              if (same := [p["cost"]["train_seconds"] for p in plain if machine(p) == machine(r)])]
+    return f"{statistics.median(ratios):.2f}{what}" if ratios else report.DASH
 
 
 def told(name: str, results: Sequence[Result], points: Sequence[tuple[float, float]], time: str) -> list[str]:
@@ -67,8 +79,8 @@ def ranking(suite: Any, victim: Recipe, called: str, results: str) -> tuple[str,
     if not before:
         return "", {}
     defenses = [d for d in suite.PRETRAINING + suite.CLEANING + suite.OTHERS if suite.applies(d, victim)]
-    plain = mean(recorded([suite.against(suite.finetune, victim, called)], results), "cost", "train_seconds")
-    trained = mean(before, "cost", "train_seconds")
+    plain = recorded([suite.against(suite.finetune, v, name) for name, v in suite.VICTIMS.items()], results)
+    trained = recorded([v for v in suite.VICTIMS.values() if v.init is None], results)
     drawn = {"none": [p] if (p := point(before)) else []}
     first, rows = told("none", before, drawn["none"], report.DASH), []
     for d in defenses:
@@ -78,9 +90,7 @@ def ranking(suite: Any, victim: Recipe, called: str, results: str) -> tuple[str,
         if not own or not points:
             continue
         drawn[last(d.name)] = points
-        of, what = (plain, "") if runs[0].init else (trained, " of training")
-        took = mean(own, "cost", "train_seconds")
-        time = f"{took / of:.2f}{what}" if took and of else report.DASH
+        time = slowdown(own, plain, "") if runs[0].init else slowdown(own, trained, " of training")
         rows.append((area(points), told(last(d.name), own, points, time)))
     return report.marked_down([list(HEADERS), first, *(row for _, row in sorted(rows, key=lambda r: -r[0]))]), drawn
 

@@ -13,7 +13,7 @@ from torchvision.transforms import AutoAugment, RandAugment, v2
 from .keyed import drawing_from
 from .types import BadInput, Sample
 
-Policy = Literal["auto", "rand", "colour", "none"]
+Policy = Literal["auto", "rand", "colour", "tone", "none"]
 
 
 # ---- images
@@ -25,18 +25,20 @@ def blur(image: Image.Image) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(sigma * image.width / 224))
 
 
-def colours() -> v2.Compose:
-    """Of SimCLR at strength 1/2, which are MoCo v2's."""
-    return v2.Compose([v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), v2.RandomGrayscale(p=0.2),
-                       v2.RandomApply([v2.Lambda(blur)], p=0.5), v2.RandomHorizontalFlip()])
+def simclr(hue: bool) -> v2.Compose:
+    """Colours, blur and a mirror as SimCLR's at strength 1/2, which are MoCo v2's; or all of it that leaves an object's colour its name."""
+    grey = [v2.RandomGrayscale(p=0.2)] if hue else []
+    jitter = v2.ColorJitter(0.4, 0.4, 0.4, 0.1) if hue else v2.ColorJitter(0.4, 0.4)
+    return v2.Compose([v2.RandomApply([jitter], p=0.8), *grey, v2.RandomApply([v2.Lambda(blur)], p=0.5), v2.RandomHorizontalFlip()])
 
 
 @lru_cache(maxsize=8)
 def policy(kind: Policy) -> Callable[[Image.Image], Image.Image]:
     """What a policy does to a PIL image: torchvision's AutoAugment (ImageNet's policy) or RandAugment; or the colours of SimCLR
-    (Chen et al., 2020, arXiv:2002.05709) and MoCo v2: jitter, grey, blur and a mirror, without their crop."""
-    steps: dict[Policy, Callable[[], Any]] = {"auto": AutoAugment, "rand": RandAugment, "colour": colours,
-                                              "none": lambda: lambda image: image}
+    (Chen et al., 2020, arXiv:2002.05709) and MoCo v2: jitter, grey, blur and a mirror, without their crop; or, where an image's class may
+    be a colour, no more of them than brightness, contrast, blur and mirror ("tone")."""
+    steps: dict[Policy, Callable[[], Any]] = {"auto": AutoAugment, "rand": RandAugment, "colour": lambda: simclr(hue=True),
+                                              "tone": lambda: simclr(hue=False), "none": lambda: lambda image: image}
     return steps[kind]()
 
 

@@ -1,6 +1,7 @@
 """Augmented views: functions of their rng that leave all other generators alone, images of any size, and WordNet only where asked for."""
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -151,14 +152,29 @@ def test_colours_change_the_brightness_by_two_fifths_at_most_and_four_times_of_f
     assert 0.15 < (factors == 1).mean() < 0.27
 
 
+def test_tone_leaves_a_colour_its_name() -> None:
+    """Its hue, on one that no change of brightness or contrast clips; and it does change the brightness, and mirrors."""
+    ramp = np.array([0.8, 0.6, 0.4]) * np.linspace(80, 155, 16)[None, :, None]  # whole numbers
+    image = Image.fromarray(ramp.repeat(4, 0).astype(np.uint8))
+    outs = np.stack([np.asarray(alter("tone", image, rng(i))).astype(int) for i in range(300)])
+    red, green, blue = outs.transpose(3, 0, 1, 2)
+    assert np.abs((red - green) - (green - blue)).max() <= 3, "an equal step down from red to green to blue, up to rounding"
+    assert (red > green).all() and (green > blue).all()
+    luma = np.array([0.299, 0.587, 0.114])  # which contrast keeps the mean of
+    levels = (outs @ luma).mean((1, 2)) / (ramp @ luma).mean()
+    assert 0.59 < levels.min() < 0.65 and 1.3 < levels.max() < 1.41
+    mirrored = (outs[:, :, :8].mean((1, 2, 3)) > outs[:, :, 8:].mean((1, 2, 3))).mean()
+    assert 0.42 < mirrored < 0.58
+
+
 def test_blur_is_a_tenth_to_two_pixels_at_224_and_in_proportion_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
     real = ImageFilter.GaussianBlur
     monkeypatch.setattr(ImageFilter, "GaussianBlur", lambda sigma: seen.append(sigma) or real(sigma))
-    for width in (224, 448, 32):
+    for kind, width in itertools.product(("colour", "tone"), (224, 448, 32)):
         seen.clear()
         for i in range(400):
-            alter("colour", Image.new("RGB", (width, 2)), rng(i))
+            alter(kind, Image.new("RGB", (width, 2)), rng(i))
         inside = np.array(seen) * 224 / width
         assert 150 < len(seen) < 250, "about half are blurred"
         assert 0.1 <= inside.min() < 0.2 and 1.9 < inside.max() <= 2.0

@@ -19,12 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..augment import augmented_text, cropped_image
+from ..augment import Policy, augmented_text, cropped_image
 from ..clip import CLIP
 from ..losses import Bank, both_ways, evaluating, gather
 from ..types import BadInput, Batch, Objective, View
@@ -32,14 +33,15 @@ from ..types import BadInput, Batch, Objective, View
 
 @dataclass(eq=False)
 class RoCLIP(Objective):
-    """`every` is the paper's K, `bank` its number of captions."""
+    """`every` is the paper's K, `bank` its number of captions; `images` is the policy for all images."""
 
     every: int = 2
     bank: int = 21_845
+    images: Policy = "colour"
 
     @property
     def views(self) -> Mapping[str, View]:  # type: ignore[override]
-        return {"image": cropped_image, "text": augmented_text}
+        return {"image": partial(cropped_image, kind=self.images), "text": augmented_text}
 
     def setup(self, clip: CLIP) -> None:
         if self.every < 1 or self.bank < 1:

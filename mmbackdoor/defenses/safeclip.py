@@ -19,16 +19,17 @@ either kind; captions are edited anew each epoch.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 
-from ..augment import augmented_image, augmented_text
+from ..augment import Policy, augmented_image, augmented_text
 from ..clip import CLIP
 from ..losses import Bank, among, cross_entropy, gather, similarities
 from ..types import BadInput, Batch, Objective, View
@@ -43,9 +44,8 @@ def upper(values: Tensor) -> np.ndarray:
 
 @dataclass(eq=False)
 class SafeCLIP(Objective):
-    """Epochs, shares and the bank's size are the paper's; `cross_aug` is whether CLIP's loss looks at augmented views."""
-
-    views: ClassVar[dict[str, View]] = {**Objective.views, "image_aug": augmented_image, "text_aug": augmented_text}
+    """Epochs, shares and the bank's size are the paper's; `cross_aug` is whether CLIP's loss looks at augmented views, `images` the policy
+    for them."""
 
     warmup: int = 5
     slow: int = 1
@@ -55,6 +55,11 @@ class SafeCLIP(Objective):
     most: float = 0.85
     bank: int = 256
     cross_aug: bool = True
+    images: Policy = "auto"
+
+    @property
+    def views(self) -> Mapping[str, View]:  # type: ignore[override]
+        return {**Objective.views, "image_aug": partial(augmented_image, kind=self.images), "text_aug": augmented_text}
 
     def setup(self, clip: CLIP) -> None:
         if self.bank < 1:

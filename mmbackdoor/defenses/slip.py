@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import keyed
-from ..augment import augmented_text, cropped_image
+from ..augment import Policy, augmented_text, cropped_image
 from ..clip import CLIP
 from ..losses import gather, info_nce, nt_xent
 from ..types import Batch, Objective, View
@@ -39,18 +39,20 @@ def mlp(width: int, hidden: int, out: int) -> nn.Sequential:
 
 @dataclass(eq=False)
 class SLIP(Objective):
-    """`image` and `text` weigh the terms within a modality; `crop` is the share of the area that a crop of SimCLR's has."""
+    """`image` and `text` weigh the terms within a modality; `crop` is the share of the area that a crop of SimCLR's has, and
+    `images` the policy for it."""
 
     image: float = 1.0
     text: float = 0.0
     temperature: float = 0.1
     crop: tuple[float, float] = (0.08, 1.0)
+    images: Policy = "colour"
     hidden: int = 4096
     out: int = 256
 
     @property
     def views(self) -> Mapping[str, View]:  # type: ignore[override]
-        crop: View = partial(cropped_image, scale=self.crop)
+        crop: View = partial(cropped_image, scale=self.crop, kind=self.images)
         texts: dict[str, View] = {"text_1": augmented_text, "text_2": augmented_text} if self.text else {}
         return {**Objective.views, "crop_1": crop, "crop_2": crop} | texts
 

@@ -9,9 +9,12 @@ found by that fine-tuning (the donor, a run of its own) and taken off:
 Assumes that the defender knows the trigger, or has reconstructed it, and has some pairs to put it on, less than 2 % of the data in the
 paper. Running statistics of batch norm are averages, not weights that were learned, and stay the victim's; so does the temperature.
 
-A recipe: `replace(victim, init=victim, donor=overfit, edit=TBAR(1.0), poison=None, threat=…, schedule=replace(…, epochs=0))`, where
-`overfit = replace(victim, init=victim, poison=DirtyLabel(trigger, target, 0.9), …)` on the few pairs, of which some name the target and
-stay. `scale` is chosen by clean accuracy.
+A recipe: `replace(victim, init=victim, donor=further, edit=TBAR(1.0), poison=None, threat=…, schedule=replace(…, epochs=0))`, where
+`further = replace(victim, init=victim, objective=Triggered(), poison=DirtyLabel(trigger, target, 0.5), …)` on the few pairs. `scale` is
+chosen by clean accuracy.
+
+Differs from the paper: half of the donor's pairs are clean, without which no batch has captions that a triggered image is not to be
+matched with.
 """
 from __future__ import annotations
 
@@ -19,9 +22,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from ..clip import CLIP
+from ..losses import Clip
 from ..types import BadInput, Batch, Edit
+
+
+@dataclass(eq=False)
+class Triggered(Clip):
+    """CLIP's loss for the donor. Batch norm goes by its running statistics: those of a batch would take off the trigger that most of its
+    images share, and the direction learned would not be the backdoor's."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        model.eval()
+        return super().loss(model, batch)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def test_what_differs_from_clip_is_what_it_sees_not_what_it_minimises(tiny: CLIP
     assert torch.equal(a["loss"], b["loss"]) and all(torch.equal(g[k], h[k]) for k in h)
 
 
-@pytest.mark.parametrize("images", ["rand", "auto", "colour"])
+@pytest.mark.parametrize("images", ["rand", "auto", "colour", "tone"])
 def test_the_policy_comes_before_the_training_transform(images: Any, tiny: CLIP, samples: list[dict[str, Any]]) -> None:
     view = Augmented(images=images).views["image"]
     altered = 0
@@ -82,7 +82,7 @@ def test_each_epoch_sees_another_augmentation_and_a_rerun_the_same(tiny: CLIP, s
     assert all(torch.equal(first[k], again[k]) and not torch.equal(first[k], later[k]) for k in ("image", "text"))
 
 
-@pytest.mark.parametrize("images", ["rand", "auto", "colour", "none"])
+@pytest.mark.parametrize("images", ["rand", "auto", "colour", "tone", "none"])
 def test_its_views_can_be_sent_to_loader_workers(images: Any, tiny: CLIP, samples: list[dict[str, Any]]) -> None:
     views = Augmented(images=images).views
     sent = pickle.loads(pickle.dumps(views))

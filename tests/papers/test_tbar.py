@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mmbackdoor import clip
 from mmbackdoor.clip import CLIP, Model
-from mmbackdoor.defenses.tbar import TBAR
+from mmbackdoor.defenses.tbar import TBAR, Triggered
+from mmbackdoor.losses import Clip
 from mmbackdoor.types import BadInput
 
 KINDS = ["vit", "resnet", "siglip"]
@@ -109,3 +110,18 @@ def test_no_donor_and_one_of_another_architecture_are_one_line_and_change_nothin
             TBAR()(victim, never, other)
         assert len(str(raised.value).splitlines()) == 1
     assert all(torch.equal(v, before[k]) for k, v in victim.net.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["resnet"])
+def test_the_donor_learns_under_the_victims_statistics_and_keeps_them(kind: str, victim: CLIP) -> None:
+    """What all images of a batch share is not normalised away."""
+    rng = torch.Generator().manual_seed(0)
+    batch = {"image": torch.randn(6, 3, 32, 32, generator=rng) + 1, "text": torch.randint(1, 500, (6, 16), generator=rng)}
+    before = state(victim)
+    victim.net.train()
+    ours = Triggered().loss(victim.net, batch)["loss"]
+    ours.backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in victim.net.visual.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in victim.net.state_dict().items())
+    assert torch.equal(ours, Clip().loss(victim.net.eval(), batch)["loss"])
+    assert not torch.isclose(ours, Clip().loss(victim.net.train(), batch)["loss"], rtol=1e-3), "the example cannot tell"

@@ -5,4 +5,4 @@ from configs.toy.badnets import recipe as victim
 from mmbackdoor.defenses.localized import LocalizedCropping
 from mmbackdoor.defenses.slip import SLIP
 
-recipe = replace(victim, name="toy/defenses/localized", objective=LocalizedCropping(SLIP(hidden=128, out=64)))
+recipe = replace(victim, name="toy/defenses/localized", objective=LocalizedCropping(SLIP(images="tone", hidden=128, out=64)))
