@@ -46,7 +46,7 @@ PRETRAINING = roclip, safeclip, localized
 CLEANING = finetune, cleanclip, par, abd, tbar
 OTHERS = slip, augmented, cleanclip_symmetric, cleanerclip, augmented_finetune, last_layer, compress, fine_pruning, abl, ubt, cbpt
 RATES = 2.5e-4, 1e-3, 4e-3, 1.6e-2
-SCRATCH = 2.5e-4, 5e-4, 1e-3, 2e-3
+SCRATCH = 5e-4, 1e-3, 2e-3, 4e-3
 """Learning rates of the sweeps; those of defenses that train from scratch lie about the victim's."""
 
 
@@ -90,7 +90,7 @@ sweeps += [at(d, lr=lr) for d in (par, abd, cleanerclip, cleanclip_symmetric, au
            for lr in RATES]
 sweeps += [at(roclip, epochs=16)]  # half of its epochs are CLIP's, so as many of those as the victim had
 sweeps += [at(compress, lr=lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)]
-sweeps += [edited(tbar, scale=s) for s in (0.25, 0.5, 1.0, 2.0)] + [edited(fine_pruning, share=s) for s in (0.25, 0.5, 0.75, 0.95)]
+sweeps += [edited(tbar, scale=s) for s in (0.5, 1.0, 2.0, 4.0)] + [edited(fine_pruning, share=s) for s in (0.25, 0.5, 0.75, 0.95)]
 sweeps += first.sweep
 sweeps += [at(d, lr=lr) for d in (rvpt, cbpt) for lr in (2e-3, 8e-3, 2e-2, 8e-2)]
 THREE = "badnets", "blended", "stripes"
