@@ -95,7 +95,7 @@ sweeps += first.sweep
 sweeps += [at(d, lr=lr) for d in (rvpt, cbpt) for lr in (2e-3, 8e-3, 2e-2, 8e-2)]
 THREE = "badnets", "blended", "stripes"
 vits = {name: vit if name == "badnets" else replace(VICTIMS[name], name=f"toy/defenses/victim-vit-{name}", model=vit.model,
-                                                    reference=vit.reference) for name in THREE}
+                                                    schedule=vit.schedule, reference=vit.reference) for name in THREE}
 once = [against(d, VICTIMS[name], name) for d in OTHERS for name in THREE] + sweeps
 once += [vit.reference, *vits.values(), *(against(rvpt, v, name) for name, v in vits.items())]
 

@@ -6,9 +6,11 @@ pretraining: fine-tuning and CleanCLIP on a victim that was pre-trained with CLI
 finetuning: RoCLIP on poisoned pairs from scratch (toy/defenses/roclip), and on a clean model that is fine-tuned on them.
 structure: CleanCLIP on squares and blends of noise, and on the same of stripes.
 purity: poisons among the 4,000 clean pairs. share: fewer clean pairs.
+cropping: CorruptEncoder on wide images, with and without its own defense, localized cropping of the two views (needs data/toy-2to1).
 """
 from dataclasses import replace
 
+from configs.toy.attack_sweeps import at, corruptencoder
 from configs.toy.attacks.badnet_stripes import recipe as badnet_stripes
 from configs.toy.attacks.blended import recipe as blended
 from configs.toy.attacks.blended_stripes import recipe as blended_stripes
@@ -19,6 +21,7 @@ from configs.toy.cleanclip import recipe as cleanclip
 from configs.toy.defenses.roclip import recipe as roclip
 from configs.toy.defenses.slip import recipe as slip
 from configs.toy.finetune import recipe as finetune
+from mmbackdoor.defenses.localized import LocalizedCropping
 from mmbackdoor.losses import Clip
 from mmbackdoor.recipe import Suite
 from mmbackdoor.triggers import Patch
@@ -29,6 +32,7 @@ SHARES = 0.005, 0.02, 0.1, 0.5
 badnet_noise = replace(badnets, name="toy/reversals/badnet_noise",
                        poison=replace(badnets.poison, trigger=Patch(6 / 32, "random", "noise")))
 structure = badnet_noise, badnet_stripes, blended, blended_stripes
+corrupted = at(corruptencoder, "rate5-wide-twoviews", "wide-twoviews", rate=0.05)
 
 
 def last(recipe):
@@ -61,11 +65,18 @@ def learned(objective, name, lr):
                    schedule=replace(badnets.schedule, epochs=3, lr=lr, warmup=20))
 
 
+def localized(recipe):
+    """The experiment with its two views from one neighbourhood."""
+    return replace(recipe, name=f"toy/reversals/cropping/{last(recipe)}-localized",
+                   objective=LocalizedCropping(recipe.objective, "image", "image_aug"))
+
+
 suite = Suite("toy/reversals", (
     clean, badnets, slip,
     *(cleaned("pretraining", d, v, lr) for d in (finetune, cleanclip) for v in (badnets, slip) for lr in RATES),
     roclip, *(learned(o, name, lr) for o, name in ((roclip.objective, "roclip"), (Clip(), "clip")) for lr in (3e-4, 1e-3)),
     *structure, *(cleaned("structure", cleanclip, v, lr) for v in structure for lr in RATES[:3]),
     *(impure(d, n, lr) for d in (finetune, cleanclip) for n in (0, 1, 5, 25) for lr in (1e-3, 1.6e-2 if d is cleanclip else 8e-3)),
+    corrupted.reference, corrupted, *(localized(r) for r in (corrupted.reference, corrupted)),
     *(few(cleanclip, share, lr) for share in SHARES for lr in (1e-3, 4e-3)),
 ))
