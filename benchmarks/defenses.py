@@ -17,7 +17,9 @@ from mmbackdoor import report, stores
 from mmbackdoor.recipe import Recipe, command, load_module, load_suite
 
 CONFIG, REVERSALS = "configs/toy/all_defenses.py", "configs/toy/reversals.py"
-HEADERS = "defense", "seeds", "area", "accuracy %", "ASR %", "lift (points)", "time"
+HEADERS = "defense", "seeds", "area", "accuracy %", "ASR %", "lift (points)", "time", "holds"
+LEFT, LOST = 0.10, 0.03
+"""Attack success that a defense which holds may leave, and accuracy that it may cost, on average."""
 Result = dict[str, Any]
 
 
@@ -67,10 +69,18 @@ def slowdown(results: Sequence[Result], plain: Sequence[Result], what: str) -> s
     return f"{statistics.median(ratios):.2f}{what}" if ratios else report.DASH
 
 
-def told(name: str, results: Sequence[Result], points: Sequence[tuple[float, float]], time: str) -> list[str]:
+def holds(results: Sequence[Result], before: Sequence[Result]) -> str:
+    """Against the victim of the same seeds."""
+    seeds = {r["seed"] for r in results}
+    then, now = point([r for r in before if r["seed"] in seeds]), point(results)
+    return "yes" if then and now and now[1] <= LEFT and now[0] >= then[0] - LOST else ""
+
+
+def told(name: str, results: Sequence[Result], points: Sequence[tuple[float, float]], time: str, held: str) -> list[str]:
     """A row of HEADERS."""
     entry = report.summary(results)[0]
-    return [name, str(entry["seeds"]), f"{area(points):.3f}", *(report.ranged(entry, key) for key in ("accuracy", "asr", "lift")), time]
+    known = (report.ranged(entry, key) for key in ("accuracy", "asr", "lift"))
+    return [name, str(entry["seeds"]), f"{area(points):.3f}", *known, time, held]
 
 
 def ranking(suite: Any, victim: Recipe, called: str, results: str) -> tuple[str, dict[str, list[tuple[float, float]]]]:
@@ -82,7 +92,7 @@ def ranking(suite: Any, victim: Recipe, called: str, results: str) -> tuple[str,
     plain = recorded([suite.against(suite.finetune, v, name) for name, v in suite.VICTIMS.items()], results)
     trained = recorded([v for v in suite.VICTIMS.values() if v.init is None], results)
     drawn = {"none": [p] if (p := point(before)) else []}
-    first, rows = told("none", before, drawn["none"], report.DASH), []
+    first, rows = told("none", before, drawn["none"], report.DASH, report.DASH), []
     for d in defenses:
         runs = settings(suite, d, victim, called)
         own = recorded(runs[:1], results)
@@ -91,7 +101,7 @@ def ranking(suite: Any, victim: Recipe, called: str, results: str) -> tuple[str,
             continue
         drawn[last(d.name)] = points
         time = slowdown(own, plain, "") if runs[0].init else slowdown(own, trained, " of training")
-        rows.append((area(points), told(last(d.name), own, points, time)))
+        rows.append((area(points), told(last(d.name), own, points, time, holds(own, before))))
     return report.marked_down([list(HEADERS), first, *(row for _, row in sorted(rows, key=lambda r: -r[0]))]), drawn
 
 

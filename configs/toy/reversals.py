@@ -2,7 +2,8 @@
 
     python bench.py configs/toy/reversals.py --record results
 
-pretraining: fine-tuning and CleanCLIP on a victim that was pre-trained with CLIP's loss alone, and on one with SimCLR's beside it.
+pretraining: fine-tuning and CleanCLIP on a victim that was pre-trained with CLIP's loss alone, and on one with a loss within
+each modality beside it: CleanCLIP's, from the start.
 finetuning: RoCLIP on poisoned pairs from scratch (toy/defenses/roclip), and on a clean model that is fine-tuned on them.
 structure: CleanCLIP on squares and blends of noise, and on the same of stripes.
 purity: poisons among the 4,000 clean pairs. share: fewer clean pairs.
@@ -19,7 +20,6 @@ from configs.toy.clean import attack
 from configs.toy.clean import recipe as clean
 from configs.toy.cleanclip import recipe as cleanclip
 from configs.toy.defenses.roclip import recipe as roclip
-from configs.toy.defenses.slip import recipe as slip
 from configs.toy.finetune import recipe as finetune
 from mmbackdoor.defenses.localized import LocalizedCropping
 from mmbackdoor.losses import Clip
@@ -32,6 +32,7 @@ SHARES = 0.005, 0.02, 0.1, 0.5
 badnet_noise = replace(badnets, name="toy/reversals/badnet_noise",
                        poison=replace(badnets.poison, trigger=Patch(6 / 32, "random", "noise")))
 structure = badnet_noise, badnet_stripes, blended, blended_stripes
+both = replace(badnets, name="toy/reversals/both", objective=cleanclip.objective)
 corrupted = at(corruptencoder, "rate5-wide-twoviews", "wide-twoviews", rate=0.05)
 
 
@@ -72,8 +73,8 @@ def localized(recipe):
 
 
 suite = Suite("toy/reversals", (
-    clean, badnets, slip,
-    *(cleaned("pretraining", d, v, lr) for d in (finetune, cleanclip) for v in (badnets, slip) for lr in RATES),
+    clean, badnets, both,
+    *(cleaned("pretraining", d, v, lr) for d in (finetune, cleanclip) for v in (badnets, both) for lr in RATES),
     roclip, *(learned(o, name, lr) for o, name in ((roclip.objective, "roclip"), (Clip(), "clip")) for lr in (3e-4, 1e-3)),
     *structure, *(cleaned("structure", cleanclip, v, lr) for v in structure for lr in RATES[:3]),
     *(impure(d, n, lr) for d in (finetune, cleanclip) for n in (0, 1, 5, 25) for lr in (1e-3, 1.6e-2 if d is cleanclip else 8e-3)),
