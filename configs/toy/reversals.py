@@ -3,7 +3,7 @@
     python bench.py configs/toy/reversals.py --record results
 
 pretraining: fine-tuning and CleanCLIP on a victim that was pre-trained with CLIP's loss alone, and on one with a loss within
-each modality beside it: CleanCLIP's, from the start.
+each modality beside it: CleanCLIP's, from the start, and three times as long, as the backdoor comes late then.
 finetuning: RoCLIP on poisoned pairs from scratch (toy/defenses/roclip), and on a clean model that is fine-tuned on them.
 structure: CleanCLIP on squares and blends of noise, and on the same of stripes.
 purity: poisons among the 4,000 clean pairs. share: fewer clean pairs.
@@ -32,7 +32,8 @@ SHARES = 0.005, 0.02, 0.1, 0.5
 badnet_noise = replace(badnets, name="toy/reversals/badnet_noise",
                        poison=replace(badnets.poison, trigger=Patch(6 / 32, "random", "noise")))
 structure = badnet_noise, badnet_stripes, blended, blended_stripes
-both = replace(badnets, name="toy/reversals/both", objective=cleanclip.objective)
+early = replace(badnets, name="toy/reversals/both", objective=cleanclip.objective)
+both = replace(early, name="toy/reversals/both-epochs24", schedule=replace(badnets.schedule, epochs=24))
 corrupted = at(corruptencoder, "rate5-wide-twoviews", "wide-twoviews", rate=0.05)
 
 
@@ -73,7 +74,7 @@ def localized(recipe):
 
 
 suite = Suite("toy/reversals", (
-    clean, badnets, both,
+    clean, badnets, early, both,
     *(cleaned("pretraining", d, v, lr) for d in (finetune, cleanclip) for v in (badnets, both) for lr in RATES),
     roclip, *(learned(o, name, lr) for o, name in ((roclip.objective, "roclip"), (Clip(), "clip")) for lr in (3e-4, 1e-3)),
     *structure, *(cleaned("structure", cleanclip, v, lr) for v in structure for lr in RATES[:3]),
