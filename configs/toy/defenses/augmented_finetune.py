@@ -4,4 +4,5 @@ from dataclasses import replace
 from configs.toy.finetune import recipe as finetune
 from mmbackdoor.defenses.augmented import Augmented
 
-recipe = replace(finetune, name="toy/defenses/augmented_finetune", objective=Augmented())
+recipe = replace(finetune, name="toy/defenses/augmented_finetune", objective=Augmented(),
+                 schedule=replace(finetune.schedule, lr=1e-3))
