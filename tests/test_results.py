@@ -171,6 +171,25 @@ def test_the_learning_rate_of_each_cleaning_run_is_the_one_of_highest_clean_vali
     assert list(report.chosen(sweep).values()) == [chosen.schedule.lr]
 
 
+def checked(r):
+    """Clean validation accuracy of the recorded runs of a recipe, seed 0."""
+    return recorded(r.name, (0,))[0]["metrics"]["validation"]["accuracy"]
+
+
+def test_the_settings_of_all_defenses_are_those_that_clean_validation_accuracy_chooses(monkeypatch):
+    """The learning rate of highest accuracy; of an edit, the strongest that costs a point at most."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    page, every = load_program("benchmarks/defenses"), recipe.load_module("configs/toy/all_defenses.py")
+    for d in set((*every.PRETRAINING, *every.CLEANING, *every.OTHERS, every.rvpt)) - {every.finetune, every.cleanclip}:  # of three seeds
+        runs = [r for r in page.settings(every, d, d.init or every.badnets, "badnets") if (ROOT / f"results/{r.name}-seed0.json").is_file()]
+        rates = [r for r in runs if replace(r, name=d.name, schedule=replace(r.schedule, lr=d.schedule.lr)) == d]
+        assert d not in runs or checked(d) == max(map(checked, rates)), d.name
+        for strength in ("scale", "share"):
+            edits = [r for r in runs if d.edit and hasattr(d.edit, strength) and r.schedule == d.schedule]
+            bearable = [getattr(r.edit, strength) for r in edits if checked(r) >= checked(every.badnets) - 0.01]
+            assert not edits or getattr(d.edit, strength) == max(bearable), d.name
+
+
 def test_the_demo_takes_no_numbers_that_the_readme_does_not_record():
     readme = (ROOT / "README.md").read_text()
     shown = re.search(r"toy/badnets +0 +([\d.]+)", readme)
