@@ -113,7 +113,8 @@ def sweep(suite: Any, results: str) -> str:
         for r in settings(suite, d, victim, "badnets"):
             if found := recorded([r], results):
                 checked, there = mean(found, "metrics", "validation", "accuracy"), point(found) or (None, None)
-                rows.append([last(r.name), f"{r.schedule.lr:g}", "yes" if r is d else "", *(report.per_cent(v) for v in (checked, *there))])
+                rate = f"{r.schedule.lr:g}" if r.schedule.epochs else report.DASH
+                rows.append([last(r.name), rate, "yes" if r is d else "", *(report.per_cent(v) for v in (checked, *there))])
     return report.marked_down(rows) if len(rows) > 1 else ""
 
 
@@ -137,15 +138,15 @@ def picture(drawn: dict[str, dict[str, list[tuple[float, float]]]]) -> str:
     colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
     with matplotlib.rc_context({"svg.hashsalt": "defenses", "svg.fonttype": "none", "font.size": 8}):
         fig = Figure(figsize=(10, 2.6 * ((len(drawn) + 3) // 4)), layout="constrained")
-        panels = fig.subplots((len(drawn) + 3) // 4, 4, squeeze=False).flat
+        panels = list(fig.subplots((len(drawn) + 3) // 4, 4, squeeze=False).flat)
         for (attack, points), axes in zip(drawn.items(), panels, strict=False):
             for name, found in points.items():
                 place = names.index(name)
                 x, y = ([100 * p[i] for p in sorted(found)] for i in (1, 0))
                 axes.plot(x, y, linestyle="", marker="os^D"[place // 20], markersize=4, color=colours[place % 20], label=name)
-            axes.set(title=attack, xlabel="ASR %", ylabel="accuracy %", xlim=(-3, 103))
+            axes.set(title=attack, xlabel="ASR %", ylabel="accuracy %", xlim=(-3, 103), ylim=(-3, 103))
             axes.grid(alpha=0.25)
-        for axes in list(panels)[len(drawn) :]:
+        for axes in panels[len(drawn) :]:
             axes.set_visible(False)
         handles = {label: h for axes in fig.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
         fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=8)
