@@ -5,4 +5,4 @@ from configs.toy.badnets import recipe as victim
 from mmbackdoor.defenses.abl import ABL
 
 recipe = replace(victim, name="toy/defenses/abl", init=victim, objective=ABL(share=0.02),
-                 schedule=replace(victim.schedule, epochs=2, lr=2.5e-4, warmup=20))
+                 schedule=replace(victim.schedule, epochs=2, lr=6.25e-5, warmup=20))
