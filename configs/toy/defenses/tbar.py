@@ -14,4 +14,4 @@ def triggered(recipe):
 
 
 base = replace(finetune, name="toy/defenses/tbar")
-recipe = replace(base, edit=TBAR(0.5), donor=triggered(base), schedule=replace(finetune.schedule, epochs=0))
+recipe = replace(base, edit=TBAR(1.0), donor=triggered(base), schedule=replace(finetune.schedule, epochs=0))
