@@ -4,7 +4,7 @@
 
 Of each suite those runs that are recorded, all seeds of them; nothing of a suite none of whose own runs is.
 """
-from pages import recorded, show
+from pages import cost, recorded, show
 
 from mmbackdoor import report
 from mmbackdoor.recipe import command, load_suite
@@ -22,7 +22,8 @@ def main(results: str = "results", page: str = "") -> None:
         page: Markdown file with a line <!-- NAME --> for each suite.
     """
     found = {name: recorded(load_suite(config).recipes, results) for name, config in SUITES.items()}
-    show({name: report.attacks(rows) for name, rows in found.items() if any(r["name"].startswith(f"{name}/") for r in rows)}, page)
+    tables = {name: report.attacks(rows) for name, rows in found.items() if any(r["name"].startswith(f"{name}/") for r in rows)}
+    show({"attacks cost": cost(SUITES.values(), results)} | tables, page)
 
 
 if __name__ == "__main__":

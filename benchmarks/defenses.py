@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from pages import recorded, show
+from pages import cost, recorded, show
 
 from mmbackdoor import report, stores
 from mmbackdoor.recipe import Recipe, command, load_module, load_suite
@@ -118,17 +118,6 @@ def sweep(suite: Any, results: str) -> str:
     return report.marked_down(rows) if len(rows) > 1 else ""
 
 
-def cost(results: str) -> str:
-    """What the training of each suite's own runs took, victims of other suites not counted."""
-    rows = [["suite", "runs", "core hours of training"]]
-    for config in (CONFIG, REVERSALS):
-        suite = load_suite(config)
-        found = recorded([r for r in suite.runs([0]) if r.name.startswith(f"{suite.name}/")], results)
-        hours = sum(r["cost"]["train_seconds"] * r["environment"]["threads"] for r in found) / 3600
-        rows.append([suite.name, str(len(found)), f"{hours:.1f}"])
-    return report.marked_down(rows)
-
-
 def picture(drawn: dict[str, dict[str, list[tuple[float, float]]]]) -> str:
     """SVG: for each attack the accuracy of each defense's settings against their attack success."""
     import matplotlib
@@ -168,7 +157,7 @@ def main(results: str = "results", page: str = "", picture_to: str = "") -> None
         tables[f"toy/defenses {name}"], drawn[name] = ranking(suite, victim, name, results)
     tables["toy/defenses sweeps"] = sweep(suite, results)
     tables["toy/reversals"] = report.markdown(recorded(load_suite(REVERSALS).recipes, results))
-    tables["toy/defenses cost"] = cost(results)
+    tables["toy/defenses cost"] = cost((CONFIG, REVERSALS), results)
     show({name: table for name, table in tables.items() if table}, page)
     if picture_to:
         with stores.replacing(picture_to) as temporary:
