@@ -156,6 +156,8 @@ def main(results: str = "results", page: str = "", picture_to: str = "") -> None
     for name, victim in suite.VICTIMS.items():
         tables[f"toy/defenses {name}"], drawn[name] = ranking(suite, victim, name, results)
     tables["toy/defenses sweeps"] = sweep(suite, results)
+    prompted = recorded([*suite.vits.values(), *(suite.against(suite.rvpt, v, name) for name, v in suite.vits.items())], results)
+    tables["toy/defenses vit"] = report.markdown(prompted) if prompted else ""
     tables["toy/reversals"] = report.markdown(recorded(load_suite(REVERSALS).recipes, results))
     tables["toy/defenses cost"] = cost((CONFIG, REVERSALS), results)
     show({name: table for name, table in tables.items() if table}, page)
