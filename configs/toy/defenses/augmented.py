@@ -4,4 +4,4 @@ from dataclasses import replace
 from configs.toy.badnets import recipe as victim
 from mmbackdoor.defenses.augmented import Augmented
 
-recipe = replace(victim, name="toy/defenses/augmented", objective=Augmented())
+recipe = replace(victim, name="toy/defenses/augmented", objective=Augmented(), schedule=replace(victim.schedule, lr=2e-3))
