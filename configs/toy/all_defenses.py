@@ -86,7 +86,7 @@ def applies(recipe, victim):
 
 table = [against(d, v, name) for name, v in VICTIMS.items() for d in PRETRAINING + CLEANING if applies(d, v)]
 sweeps = [at(d, lr=lr) for d in (roclip, localized, slip, augmented) for lr in SCRATCH]
-sweeps += [at(safeclip, lr=lr) for lr in (2.5e-4, 5e-4, 1e-3, 2e-3)]
+sweeps += [at(safeclip, lr=lr) for lr in (2.5e-4, *SCRATCH)]  # its split makes it uneven
 sweeps += [at(d, lr=lr) for d in (par, abd, cleanerclip, cleanclip_symmetric, augmented_finetune, last_layer, fine_pruning) for lr in RATES]
 sweeps += [at(d, lr=lr) for d in (abl, ubt) for lr in (6.25e-5, 2.5e-4, 1e-3, 4e-3)]
 sweeps += [at(roclip, epochs=16)]  # half of its epochs are CLIP's, so as many of those as the victim had

@@ -7,4 +7,4 @@ from configs.toy.badnets import recipe as victim
 from mmbackdoor.defenses.safeclip import SafeCLIP
 
 recipe = replace(victim, name="toy/defenses/safeclip", objective=SafeCLIP(warmup=1, slowness=0.1, growth=0.2, images="none"),
-                 schedule=replace(victim.schedule, epochs=12, lr=5e-4))
+                 schedule=replace(victim.schedule, epochs=12, lr=2e-3))
