@@ -4,4 +4,4 @@ from dataclasses import replace
 from configs.toy.finetune import recipe as finetune
 from mmbackdoor.defenses.fine_pruning import FinePruning
 
-recipe = replace(finetune, name="toy/defenses/fine_pruning", edit=FinePruning(0.95), schedule=replace(finetune.schedule, lr=1.6e-2))
+recipe = replace(finetune, name="toy/defenses/fine_pruning", edit=FinePruning(0.95), schedule=replace(finetune.schedule, lr=4e-3))
