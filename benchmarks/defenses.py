@@ -83,20 +83,19 @@ def told(name: str, results: Sequence[Result], points: Sequence[tuple[float, flo
     return [name, str(entry["seeds"]), f"{area(points):.3f}", *known, time, held]
 
 
-def ranking(suite: Any, victim: Recipe, called: str, results: str) -> tuple[str, dict[str, list[tuple[float, float]]]]:
-    """The table of an attack, and the points of its picture."""
+def ranking(suite: Any, victim: Recipe, called: str, results: str, plain: Sequence[Result],
+            trained: Sequence[Result]) -> tuple[str, dict[str, list[tuple[float, float]]]]:
+    """The table of an attack, and the points of its picture; seconds are compared to those of plain fine-tuning and of training."""
     before = recorded([victim], results)
     if not before:
         return "", {}
     defenses = [d for d in suite.PRETRAINING + suite.CLEANING + suite.OTHERS if suite.applies(d, victim)]
-    plain = recorded([suite.against(suite.finetune, v, name) for name, v in suite.VICTIMS.items()], results)
-    trained = recorded([v for v in suite.VICTIMS.values() if v.init is None], results)
     drawn = {"none": [p] if (p := point(before)) else []}
     first, rows = told("none", before, drawn["none"], report.DASH, report.DASH), []
     for d in defenses:
         runs = settings(suite, d, victim, called)
-        own = recorded(runs[:1], results)
-        points = [p for r in runs if (p := point(recorded([r], results)))]
+        own, *swept = (recorded([r], results) for r in runs)
+        points = [p for found in (own, *swept) if (p := point(found))]
         if not own or not points:
             continue
         drawn[last(d.name)] = points
@@ -152,9 +151,11 @@ def main(results: str = "results", page: str = "", picture_to: str = "") -> None
         picture_to: SVG file of accuracy against attack success.
     """
     suite = load_module(CONFIG)
+    plain = recorded([suite.against(suite.finetune, v, name) for name, v in suite.VICTIMS.items()], results)
+    trained = recorded([v for v in suite.VICTIMS.values() if v.init is None], results)
     tables, drawn = {}, {}
     for name, victim in suite.VICTIMS.items():
-        tables[f"toy/defenses {name}"], drawn[name] = ranking(suite, victim, name, results)
+        tables[f"toy/defenses {name}"], drawn[name] = ranking(suite, victim, name, results, plain, trained)
     tables["toy/defenses sweeps"] = sweep(suite, results)
     prompted = recorded([*suite.vits.values(), *(suite.against(suite.rvpt, v, name) for name, v in suite.vits.items())], results)
     tables["toy/defenses vit"] = report.markdown(prompted) if prompted else ""
