@@ -55,7 +55,7 @@ def against(recipe, victim, called):
     if recipe.poison == victim.poison or recipe.threat and recipe.init == victim:
         return recipe
     name = f"toy/defenses/{recipe.name.split('/')[-1]}-{called}"
-    data = replace(victim.data, train=recipe.data.train)
+    data = replace(victim.data, train=recipe.data.train, share=recipe.data.share)
     if recipe.init is None:  # BadCLIP's own victim was a clean model before
         return replace(victim, name=name, init=None, objective=recipe.objective, schedule=recipe.schedule)
     if recipe.poison is not None:  # it unlearns the victim's own poison
