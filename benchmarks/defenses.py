@@ -14,7 +14,7 @@ from typing import Any
 from pages import cost, recorded, show
 
 from mmbackdoor import report, stores
-from mmbackdoor.recipe import Recipe, command, load_module, load_suite
+from mmbackdoor.recipe import Recipe, command, load_module
 
 CONFIG, REVERSALS = "configs/toy/all_defenses.py", "configs/toy/reversals.py"
 HEADERS = "defense", "seeds", "area", "accuracy %", "ASR %", "lift (points)", "time", "holds"
@@ -159,7 +159,9 @@ def main(results: str = "results", page: str = "", picture_to: str = "") -> None
     tables["toy/defenses sweeps"] = sweep(suite, results)
     prompted = recorded([*suite.vits.values(), *(suite.against(suite.rvpt, v, name) for name, v in suite.vits.items())], results)
     tables["toy/defenses vit"] = report.markdown(prompted) if prompted else ""
-    tables["toy/reversals"] = report.markdown(recorded(load_suite(REVERSALS).recipes, results))
+    for part, recipes in load_module(REVERSALS).PARTS.items():
+        found = recorded(recipes, results)
+        tables[f"toy/reversals {part}"] = report.markdown(found) if found else ""
     tables["toy/defenses cost"] = cost((CONFIG, REVERSALS), results)
     show({name: table for name, table in tables.items() if table}, page)
     if picture_to:

@@ -11,7 +11,8 @@ cropping: CorruptEncoder on wide images, with and without its own defense, local
 """
 from dataclasses import replace
 
-from configs.toy.attack_sweeps import at, corruptencoder
+from configs.toy import attack_sweeps, results
+from configs.toy.all_defenses import at
 from configs.toy.attacks.badnet_stripes import recipe as badnet_stripes
 from configs.toy.attacks.blended import recipe as blended
 from configs.toy.attacks.blended_stripes import recipe as blended_stripes
@@ -27,14 +28,14 @@ from mmbackdoor.recipe import Suite
 from mmbackdoor.triggers import Patch
 
 RATES = 2.5e-4, 1e-3, 4e-3, 1.6e-2
-SHARES = 0.005, 0.02, 0.1, 0.5
+SHARES = 0.005, 0.02, 0.1, 0.5, 1
 
 badnet_noise = replace(badnets, name="toy/reversals/badnet_noise",
                        poison=replace(badnets.poison, trigger=Patch(6 / 32, "random", "noise")))
 structure = badnet_noise, badnet_stripes, blended, blended_stripes
 early = replace(badnets, name="toy/reversals/both", objective=cleanclip.objective)
 both = replace(early, name="toy/reversals/both-epochs24", schedule=replace(badnets.schedule, epochs=24))
-corrupted = at(corruptencoder, "rate5-wide-twoviews", "wide-twoviews", rate=0.05)
+corrupted = attack_sweeps.at(attack_sweeps.corruptencoder, "rate5-wide-twoviews", "wide-twoviews", rate=0.05)
 
 
 def last(recipe):
@@ -42,18 +43,23 @@ def last(recipe):
 
 
 def cleaned(part, defense, victim, lr, note=""):
+    """The defense of BadNets put to another victim, or to that one, where the sweep of configs/toy/results.py has it already."""
+    if victim == badnets and not note:
+        return results.at(defense, lr)
     return replace(defense, name=f"toy/reversals/{part}/{last(defense)}-{last(victim)}{note}-lr{lr:g}", init=victim,
                    threat=victim.poison.threat, schedule=replace(defense.schedule, lr=lr))
 
 
 def impure(defense, count, lr):
     """Cleaning on pairs of which some are poisoned as the victim's were."""
-    r = cleaned("purity", defense, badnets, lr, f"-poisons{count}")
+    r = cleaned("purity", defense, badnets, lr, f"-poisons{count}" if count else "")
     return replace(r, poison=replace(attack, rate=None, count=count)) if count else r
 
 
 def few(defense, share, lr):
     """The same number of steps on fewer pairs."""
+    if share == 1:
+        return results.at(defense, lr)
     r = cleaned("share", defense, badnets, lr, f"-share{share:g}")
     batch = min(r.batch_size, round(4000 * share))
     epochs = max(1, round(r.schedule.epochs * 4000 // r.batch_size / (round(4000 * share) // batch)))
@@ -73,12 +79,14 @@ def localized(recipe):
                    objective=LocalizedCropping(recipe.objective, "image", "image_aug"))
 
 
-suite = Suite("toy/reversals", (
-    clean, badnets, early, both,
-    *(cleaned("pretraining", d, v, lr) for d in (finetune, cleanclip) for v in (badnets, both) for lr in RATES),
-    roclip, *(learned(o, name, lr) for o, name in ((roclip.objective, "roclip"), (Clip(), "clip")) for lr in (3e-4, 1e-3)),
-    *structure, *(cleaned("structure", cleanclip, v, lr) for v in structure for lr in RATES[:3]),
-    *(impure(d, n, lr) for d in (finetune, cleanclip) for n in (0, 1, 5, 25) for lr in (1e-3, 1.6e-2 if d is cleanclip else 8e-3)),
-    corrupted.reference, corrupted, *(localized(r) for r in (corrupted.reference, corrupted)),
-    *(few(cleanclip, share, lr) for share in SHARES for lr in (1e-3, 4e-3)),
-))
+PARTS = {
+    "pretraining": (badnets, early, both, *(cleaned("pretraining", d, v, lr) for v in (badnets, both) for d in (finetune, cleanclip)
+                                            for lr in RATES)),
+    "finetuning": (roclip, at(roclip, epochs=16), *(learned(o, name, lr) for o, name in ((Clip(), "clip"), (roclip.objective, "roclip"))
+                                                    for lr in (3e-4, 1e-3))),
+    "structure": tuple(r for v in structure for r in (v, *(cleaned("structure", cleanclip, v, lr) for lr in RATES[:3]))),
+    "purity": tuple(impure(d, n, lr) for d in (finetune, cleanclip) for lr in (1e-3, d.schedule.lr) for n in (0, 1, 5, 25)),
+    "share": tuple(few(cleanclip, share, lr) for lr in (1e-3, 4e-3) for share in SHARES),
+    "cropping": tuple(r for v in (corrupted.reference, corrupted) for r in (v, localized(v))),
+}
+suite = Suite("toy/reversals", (clean, *(r for part in PARTS.values() for r in part)))
