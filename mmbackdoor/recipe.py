@@ -393,7 +393,9 @@ def told(main: Callable[..., T]) -> Callable[..., T]:
     @wraps(main)
     def run(*args: Any, **kwargs: Any) -> T:
         try:
-            return main(*args, **kwargs)
+            result = main(*args, **kwargs)
+            sys.stdout.flush()
+            return result
         except BadInput as error:
             # from a loader worker the message arrives with a traceback before it
             line = " ".join(str(error).rpartition("mmbackdoor.types.BadInput: ")[2].split())
@@ -406,5 +408,8 @@ def told(main: Callable[..., T]) -> Callable[..., T]:
         except KeyboardInterrupt:
             print("interrupted; what is done is kept: run it again, a training run with --resume latest", file=sys.stderr)
             sys.exit(130)
+        except BrokenPipeError:  # the reader, `head`, has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+            sys.exit(141)
 
     return run

@@ -221,3 +221,14 @@ def test_a_suite_that_is_broken_off_has_recorded_what_it_finished(program, monke
 def test_help_is_given_without_a_config():
     assert "accelerate launch train.py" in run(sys.executable, "train.py", "--help").stdout
     run(sys.executable, "train.py", status=2)
+
+
+def test_a_reader_that_has_enough_ends_a_program_without_a_traceback():
+    line = "from mmbackdoor.recipe import told\nprint('first', flush=True)\ninput()\ntold(lambda: print('x' * 2**20))()"
+    with subprocess.Popen([sys.executable, "-c", line], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as p:
+        assert p.stdout.readline() == "first\n"
+        p.stdout.close()
+        p.stdin.write("\n")
+        p.stdin.close()
+        assert (p.stderr.read(), p.wait()) == ("", 141)
