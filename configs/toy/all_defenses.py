@@ -94,6 +94,7 @@ sweeps += [at(compress, lr=lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)]
 sweeps += [edited(tbar, scale=s) for s in (0.5, 1.0, 2.0, 4.0)] + [edited(fine_pruning, share=s) for s in (0.25, 0.5, 0.75, 0.95)]
 sweeps += first.sweep
 sweeps += [at(d, lr=lr) for d in (rvpt, cbpt) for lr in (2e-3, 8e-3, 2e-2, 8e-2)]
+sweeps += [replace(rvpt, name="toy/defenses/sweep/rvpt-alpha4", objective=replace(rvpt.objective, alpha=4.0))]
 THREE = "badnets", "blended", "stripes"
 vits = {name: vit if name == "badnets" else replace(VICTIMS[name], name=f"toy/defenses/victim-vit-{name}", model=vit.model,
                                                     schedule=vit.schedule, reference=vit.reference) for name in THREE}
