@@ -53,7 +53,8 @@ def settings(suite: Any, defense: Recipe, victim: Recipe, called: str) -> list[R
     """The runs of a defense against a victim: the one of the table, and of its sweep, where that victim was swept."""
     own = suite.against(defense, victim, called)
     name = last(defense.name)
-    swept = [r for r in suite.sweeps if last(r.name).startswith(tuple(f"{name}-{what}" for what in ("lr", "scale", "share", "epochs", "alpha")))]
+    varied = tuple(f"{name}-{field}" for field in ("lr", "scale", "share", "epochs", "alpha"))
+    swept = [r for r in suite.sweeps if last(r.name).startswith(varied)]
     return [own, *(swept if own is defense else [])]
 
 

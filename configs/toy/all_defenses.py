@@ -60,7 +60,7 @@ def against(recipe, victim, called):
         return replace(victim, name=name, init=None, objective=recipe.objective, schedule=recipe.schedule)
     if recipe.poison is not None:  # it unlearns the victim's own poison
         return replace(recipe, name=name, init=victim, poison=victim.poison, data=data, reference=victim.reference)
-    cleaned = replace(recipe, name=name, init=victim, threat=victim.poison.threat, data=data)
+    cleaned = replace(recipe, name=name, init=victim, threat=victim.poison.threat, data=data, reference=victim.reference)
     return replace(cleaned, donor=triggered(replace(cleaned, edit=None))) if recipe.donor else cleaned
 
 

@@ -5,4 +5,4 @@ from configs.toy.finetune import recipe as finetune
 from mmbackdoor.defenses.compress import CompRess
 
 recipe = replace(finetune, name="toy/defenses/compress", objective=CompRess(anchors=2000),
-                 schedule=replace(finetune.schedule, epochs=20, lr=2e-3, warmup=50))
+                 schedule=replace(finetune.schedule, epochs=20, lr=4e-3, warmup=50))

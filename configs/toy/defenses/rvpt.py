@@ -12,4 +12,4 @@ reference = replace(clean, name="toy/defenses/clean-vit", model=VIT, schedule=lo
 victim = replace(badnets, name="toy/defenses/victim-vit", model=VIT, schedule=longer, reference=reference)
 recipe = replace(victim, name="toy/defenses/rvpt", init=victim, poison=None, threat=victim.poison.threat, objective=RVPT(n=4),
                  data=replace(victim.data, train="{root}/clean", share=0.1), batch_size=64,
-                 schedule=replace(victim.schedule, epochs=50, lr=8e-2, wd=0.0, warmup=0))
+                 schedule=replace(victim.schedule, epochs=50, lr=2e-3, wd=0.0, warmup=0))
