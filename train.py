@@ -27,7 +27,7 @@ def train(r: recipe.Recipe) -> dict:
     objective = copy.deepcopy(r.objective)
     stream = Stream(index, model, objective.views, r.batch_size * r.schedule.accum_freq, stages, run.seen(r, index), r.seed,
                     r.shuffle, r.lanes, r.workers, rank, world, r.data.incomplete)
-    run.describe(r, model, index, truth, accelerator)
+    run.describe(r, index, truth, accelerator)
 
     done = fit.fit(model, objective, stream, accelerator, r.schedule, r.directory, resume=r.resume == "latest",  # 4
                    save_frequency=r.save_frequency, save_steps=r.save_steps, seed=r.seed,

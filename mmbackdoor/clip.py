@@ -93,7 +93,8 @@ class CLIP:
     """A network with its preprocessing and tokenizer.
 
     net(image, text) -> {"image_features", "text_features", "logit_scale"}, the features of unit norm; a SigLIP adds
-    "logit_bias".
+    "logit_bias", which stays as it is unless an objective sets out to train it: few have a use for it, and what is free and not
+    used ends a run on several processes.
     """
 
     net: nn.Module
@@ -169,14 +170,17 @@ class CLIP:
         rows = [torch.stack([self.tokenize(t) for t in texts[i : i + batch]]).to(self.device) for i in range(0, len(texts), batch)]
         return torch.cat([self.net.encode_text(r, normalize=True) for r in rows])  # type: ignore[operator]
 
-    def class_features(self, names: Sequence[str]) -> Tensor | None:
+    @torch.no_grad()
+    def class_features(self, names: Sequence[str], batch: int = 256) -> Tensor | None:
         """(C, D) of unit norm, of classes whose prompts were learned; None where one was not."""
         learned = getattr(self.net, "class_prompts", None)
         if learned is None or not set(names) <= set(learned.names):
             return None
-        with learned.said() as tokens:
-            rows = self.net.encode_text(tokens, normalize=True)  # type: ignore[operator]
-        return rows[[learned.names.index(name) for name in names]]
+        rows = []
+        for i in range(0, len(learned.names), batch):
+            with learned.said(slice(i, i + batch)) as tokens:
+                rows.append(self.net.encode_text(tokens, normalize=True))  # type: ignore[operator]
+        return torch.cat(rows)[[learned.names.index(name) for name in names]]
 
     def save(self, folder: str | Path) -> None:
         """A directory that `open_clip.create_model_and_transforms("local-dir:…")` and `load` read."""
@@ -230,7 +234,7 @@ def geometry(preprocess_cfg: str) -> Callable[[Image.Image], Image.Image]:
 def load(model: Model, weights: str | Path | None = None, aug: Augment | None = None, seed: int = 0) -> CLIP:
     """Builds the network, on the CPU in float32, and loads its weights.
 
-    `weights` (a run's directory or a checkpoint file) replaces those of `model`, and brings its preprocessing along.
+    `weights` (a run's directory or a checkpoint file) replaces those of `model`, and brings its preprocessing and prompts along.
     Raises BadInput for an unknown name or tag, and for weights of another architecture.
     """
     source = find(weights) if weights is not None else None
@@ -238,7 +242,8 @@ def load(model: Model, weights: str | Path | None = None, aug: Augment | None = 
     card, file = card_of(model)
     if source is not None:
         file, theirs = source
-        card["preprocess_cfg"] |= theirs or {}
+        card["preprocess_cfg"] |= theirs.get("preprocess_cfg", {})
+        card |= {"prompts": theirs["prompts"]} if "prompts" in theirs else {}
     for name in ("mean", "std"):
         if getattr(model, name) is not None:
             card["preprocess_cfg"][name] = list(getattr(model, name))
@@ -270,15 +275,15 @@ def load_run(path: str | Path, model: Model | None = None, usual: Model | None =
     return load(replace(model, **changes), path)
 
 
-def find(path: str | Path) -> tuple[str, dict[str, Any] | None]:
-    """The weights file that a run's directory or a path names, and the preprocessing that its card gives."""
+def find(path: str | Path) -> tuple[str, dict[str, Any]]:
+    """The weights file that a run's directory or a path names, and the card beside it, {} where there is none."""
     path = Path(str(path).removeprefix("local-dir:"))
     file = str(path) if path.is_file() else weights_in(path)
     if file is None:
         raise BadInput(f"{path}: no such checkpoint; name a run's directory that holds {WEIGHTS}, or a .pt or .safetensors file")
     folder = path if path.is_dir() else path.parent
     card = next((p / CARD for p in (folder, folder.parent) if (p / CARD).is_file()), None)
-    return file, read_json(card).get("preprocess_cfg") if card else None
+    return file, read_json(card) if card else {}
 
 
 def weights_in(folder: str | Path) -> str | None:
@@ -338,7 +343,7 @@ def card_of(model: Model) -> tuple[dict[str, Any], str | None]:
 def tag_file(name: str, pretrained: str, cfg: dict[str, Any], preprocess: dict[str, Any]) -> str:
     """The file of a tag or path; a tag also sets its preprocessing and activation."""
     if os.path.isfile(pretrained):
-        preprocess |= find(pretrained)[1] or {}
+        preprocess |= find(pretrained)[1].get("preprocess_cfg", {})
         return pretrained
     tag = open_clip.get_pretrained_cfg(name, pretrained)
     if not tag:
@@ -354,6 +359,8 @@ def tag_file(name: str, pretrained: str, cfg: dict[str, Any], preprocess: dict[s
 def build(model: Model, card: dict[str, Any], load_text_tower: bool) -> CLIP:
     net, tokenizer = build_hf(model.name, card) if "hf" in card else build_open_clip(model, card, load_text_tower)
     prompts.attach(net, tokenizer, card)
+    if (bias := getattr(net, "logit_bias", None)) is not None:
+        bias.requires_grad_(False)
     return CLIP(net, tokenizer, card)
 
 

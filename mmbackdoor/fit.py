@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import keyed
-from .clip import CLIP
-from .stores import replacing
+from .clip import CARD, CLIP
+from .losses import from_first
+from .stores import replacing, write_json
 from .stream import Stream
 from .types import BadInput, Batch, Objective
 
@@ -96,6 +97,8 @@ def fit(clip: CLIP, objective: Objective, stream: Stream, accelerator: Accelerat
     clip.net.to(accelerator.device).to(memory_format=torch.channels_last)  # a sixth faster for convolutions on a CPU
     peak_memory(reset=True)
     objective.setup(clip)
+    if accelerator.is_main_process:
+        write_json(folder / CARD, clip.card)  # without which a checkpoint of a run under way is not loaded
     optimizer = torch.optim.AdamW(all_groups(clip.net, objective, schedule.wd, accelerator.device), lr=schedule.lr,
                                   betas=(schedule.beta1, schedule.beta2), eps=schedule.eps, fused=True)
     model, optimizer = accelerator.prepare(clip.net, optimizer)
@@ -130,6 +133,7 @@ def fit(clip: CLIP, objective: Objective, stream: Stream, accelerator: Accelerat
                 done.seconds, began, done.sums = done.seconds + now - began, now, sums.means()
                 save(folder, ["epoch_latest.pt"], net, optimizer, objective, done, accelerator)
         check_in_step(net, objective, accelerator)
+        from_first(net.buffers())  # each process has its own running statistics of its last batch; the first one's are saved
         took = time.monotonic() - began
         done.epoch, done.step, done.seconds, done.sums = epoch + 1, 0, done.seconds + took, {}
         numbers = {k: v / len(stream) for k, v in sums.means().items()}
@@ -157,16 +161,18 @@ def update(model: nn.Module, objective: Objective, batch: Batch, optimizer: Any,
     """One optimizer step over all micro-batches of a batch."""
     n = schedule.accum_freq
     pieces = [{k: v[i::n] for k, v in batch.items()} for i in range(n)]
+    sums: dict[str, Tensor] = {}
     for i, piece in enumerate(pieces):
         piece = {k: v.to(accelerator.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in piece.items()}
         with accelerator.no_sync(model) if i < n - 1 else nullcontext():
             out = objective.loss(model, piece)  # the prepared forward casts and returns float32; the loss itself stays in it
             accelerator.backward(out["loss"] / n)
+        sums = {k: sums.get(k, 0) + v.detach() / n for k, v in out.items()}
     if schedule.grad_clip_norm:
         accelerator.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], schedule.grad_clip_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return {k: v.detach() for k, v in out.items()}
+    return sums
 
 
 class Means:

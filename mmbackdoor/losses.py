@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from .clip import CLIP
-from .types import Batch, Objective
+from .types import BadInput, Batch, Objective
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # it may be another's too, and is summed in place
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -46,6 +46,13 @@ def gather(x: Tensor) -> Tensor:
     has the gradient of the same loss on one process.
     """
     return Gather.apply(x) if world() > 1 else x
+
+
+@torch.no_grad()
+def from_first(tensors: Iterable[Tensor]) -> None:
+    """Writes the first process's numbers into those of every process, which must be contiguous."""
+    for x in tensors if world() > 1 else ():
+        dist.broadcast(x, 0)
 
 
 def gather_list(rows: list[T]) -> list[T]:
@@ -186,6 +193,12 @@ class SigLip(Objective):
 
     loss = -1/N sum_ij log sigmoid(z_ij (scale x_i t_j + bias)), z = 1 for matching pairs and -1 for others.
     """
+
+    def setup(self, clip: CLIP) -> None:
+        bias = getattr(clip.net, "logit_bias", None)
+        if bias is None:
+            raise BadInput("--objective: SigLip's loss needs a model with a bias; add --model.siglip, or take Clip")
+        bias.requires_grad_(True)
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         out = model(batch["image"], batch["text"])

@@ -45,16 +45,16 @@ class ClassPrompts(nn.Module):
         self.register_buffer("tokens", tokens, persistent=False)
         with keyed.drawing_from(keyed.rng(0, "class prompts")):
             self.words = nn.Parameter(torch.randn(len(names), n, embedding.embedding_dim) * embedding.weight.detach().std().cpu())
-        self.speaking = False
+        self.speaking: slice | None = None
 
     @contextmanager
-    def said(self) -> Iterator[Tensor]:
-        """In here the tokens that it gives, (classes, context length), are encoded with the learned words."""
-        self.speaking = True
+    def said(self, classes: slice = slice(None)) -> Iterator[Tensor]:
+        """In here the tokens that it gives, (classes, context length), are encoded with the learned words of these classes."""
+        self.speaking = classes
         try:
-            yield self.tokens
+            yield self.tokens[classes]
         finally:
-            self.speaking = False
+            self.speaking = None
 
 
 def attach(net: nn.Module, tokenizer: Callable[[list[str]], Tensor], card: dict[str, Any]) -> None:
@@ -70,7 +70,9 @@ def attach(net: nn.Module, tokenizer: Callable[[list[str]], Tensor], card: dict[
 
 
 def learn(net: nn.Module, tokenizer: Callable[[list[str]], Tensor], card: dict[str, Any], **told: Any) -> None:
-    """Gives a network new prompts, and says so on its card."""
+    """Gives a network new prompts, and says so on its card. Raises BadInput where it has some of the kind."""
+    if there := sorted(told.keys() & card.get("prompts", {}).keys()):
+        raise BadInput(f"--init: that model has learned prompts already ({', '.join(there)}); start from the victim that it was made of")
     attach(net, tokenizer, {"prompts": told})
     card["prompts"] = {**card.get("prompts", {}), **told}
 
@@ -109,6 +111,6 @@ def hide(n: int, transformer: nn.Module, args: tuple[Tensor, ...], out: Tensor) 
 
 def speak(prompts: ClassPrompts, embedding: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
     """Puts the learned words in the placeholders' places."""
-    if not prompts.speaking:
+    if prompts.speaking is None:
         return out
-    return torch.cat([out[:, :1], prompts.words.to(out.dtype), out[:, 1 + prompts.words.shape[1] :]], 1)
+    return torch.cat([out[:, :1], prompts.words[prompts.speaking].to(out.dtype), out[:, 1 + prompts.words.shape[1] :]], 1)

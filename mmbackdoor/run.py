@@ -18,7 +18,7 @@ from accelerate.utils import ProjectConfiguration
 
 from . import craft as crafting
 from . import evaluate, keyed, probe, stealth, stores
-from .clip import CARD, CLIP, load_run, weights_in
+from .clip import CLIP, load_run, weights_in
 from .evaluate import Aim, Threats, by_name
 from .features import Features, How, features
 from .forms import lay_over, with_published
@@ -206,13 +206,12 @@ def visible(index: Index, stages: Sequence[Stage], truth: Plan, n: int = 64) -> 
     return {k: stealth.in_json(v) for k, v in stealth.summarise(pairs).items()} if pairs else None
 
 
-def describe(r: Recipe, clip: CLIP, index: Index, truth: Plan, accelerator: Accelerator) -> None:
-    """What is left out, the ground truth, and what it takes to load the checkpoints of a run under way."""
+def describe(r: Recipe, index: Index, truth: Plan, accelerator: Accelerator) -> None:
+    """What is left out, and the ground truth."""
     if accelerator.is_main_process:
         if index.incomplete:
             print(f"{index.incomplete} of {index.incomplete + len(index)} samples lack their image or caption and are left out", flush=True)
         truth.save(r.directory / "plan.parquet")
-        write_json(r.directory / CARD, clip.card)
 
 
 def curves(clip: CLIP, r: Recipe, sets: Sets, how: How, epoch: int) -> dict[str, float]:

@@ -30,7 +30,7 @@ from mmbackdoor.defenses.slip import SLIP
 from mmbackdoor.features import How
 from mmbackdoor.fit import Schedule, check_in_step, fit, groups
 from mmbackdoor.index import find
-from mmbackdoor.losses import Clip, SigLip, gather_list, info_nce
+from mmbackdoor.losses import Clip, SigLip, gather, gather_list, info_nce
 from mmbackdoor.poison import plan, poison
 from mmbackdoor.recipe import Data, Recipe
 from mmbackdoor.sets import open_set
@@ -38,6 +38,7 @@ from mmbackdoor.stream import Stream
 from mmbackdoor.types import Objective
 
 TOY, MODEL, OUT = (Path(a) for a in sys.argv[1:4])
+RESNET = Path(__file__).parent.parent / "configs/toy/rn_tiny.json"
 GLOBAL = 48
 
 
@@ -51,7 +52,8 @@ class PastTheWrapper(Objective):
 
 
 OBJECTIVES = {  # with the epoch whose beginning is looked at
-    "clip": (Clip, 0), "siglip": (SigLip, 0), "cleanclip": (CleanCLIP, 0), "cleanclip symmetric": (partial(CleanCLIP, symmetric=True), 0),
+    "clip": (Clip, 0), "siglip": (SigLip, 0), "siglip cleaned": (CleanCLIP, 0),
+    "cleanclip": (CleanCLIP, 0), "cleanclip symmetric": (partial(CleanCLIP, symmetric=True), 0),
     "cleanerclip": (CleanerCLIP, 0), "augmented": (Augmented, 0), "last layer": (LastLayer, 0), "par": (PAR, 0), "abd": (ABD, 0),
     "abl": (partial(ABL, share=0.2), 0), "abl local": (partial(ABL, share=0.2, local=True), 0),
     "compress": (partial(CompRess, anchors=80), 0), "slip": (partial(SLIP, hidden=16, out=8, text=0.5), 0),
@@ -85,12 +87,12 @@ def told(value):
     return {k: told(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def gradients(accelerator, objective, epoch):
+def gradients(accelerator, objective, epoch, siglip):
     """Two steps at the beginning of an epoch, each process holding its share of the rows: both losses, the gradients of the second, for
     which the model and the objective have changed, and what each process then keeps.
 
     In double precision, so that only a wrong gradient can differ."""
-    net = fresh(isinstance(objective, SigLip))
+    net = fresh(siglip)
     net.net.double()
     objective.setup(net)
     heads = objective.heads().double() if objective.heads() is not None else torch.nn.Module()
@@ -135,6 +137,16 @@ def training(accelerator, folder):
             "weights": float(sum(p.double().abs().sum() for p in net.net.parameters()))}
 
 
+def statistics(accelerator, folder):
+    """What each process's batch norm holds after an epoch, and what is saved of it."""
+    net = clip.load(clip.Model(str(RESNET)), seed=1)
+    stream = Stream(find(str(TOY / "train")), net, Clip().views, GLOBAL // accelerator.num_processes, rank=accelerator.process_index,
+                    world=accelerator.num_processes, workers=0)
+    fit(net, Clip(), stream, accelerator, Schedule(epochs=1, lr=1e-3, warmup=2), folder)
+    saved = clip.load_run(folder).net
+    return gather_list([[told(dict(n.named_buffers())) for n in (net.net, saved)]])
+
+
 def evaluation(accelerator, folder):
     """Every number of sets of odd sizes, under two threats, computed, then cached, then read."""
     net = fresh()
@@ -157,6 +169,14 @@ def evaluation(accelerator, folder):
     return out
 
 
+def shared_gradient(accelerator):
+    """The gradients of two gathered tensors that are added, and so are handed one and the same."""
+    a, b = (torch.ones(2, 1, dtype=torch.double, requires_grad=True) for _ in range(2))
+    rows = gather(a) + gather(b)
+    (rows[:, 0] @ torch.arange(len(rows), dtype=torch.double)).backward()
+    return gather_list([[x.grad.flatten().tolist() for x in (a, b)]])
+
+
 def out_of_step(accelerator):
     net = fresh()
     objective = PastTheWrapper()
@@ -177,8 +197,10 @@ def out_of_step(accelerator):
 if __name__ == "__main__":
     accelerator = Accelerator(cpu=True)
     found = {"world": accelerator.num_processes, "edited": edited(accelerator),
-             "objectives": {name: gradients(accelerator, kind(), epoch) for name, (kind, epoch) in OBJECTIVES.items()},
+             "objectives": {name: gradients(accelerator, kind(), epoch, "siglip" in name) for name, (kind, epoch) in OBJECTIVES.items()},
              "training": training(accelerator, OUT.parent / f"run{accelerator.num_processes}"),
+             "shared_gradient": shared_gradient(accelerator),
+             "statistics": statistics(accelerator, OUT.parent / f"resnet{accelerator.num_processes}"),
              "evaluation": evaluation(accelerator, OUT.parent / f"sets{accelerator.num_processes}"),
              "out_of_step": out_of_step(accelerator)}
     if accelerator.is_main_process:

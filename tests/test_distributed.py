@@ -25,9 +25,9 @@ def one_and_two(toy, tiny_model, tmp_path_factory):
     return found
 
 
-OBJECTIVES = ["clip", "siglip", "cleanclip", "cleanclip symmetric", "cleanerclip", "augmented", "last layer", "par", "abd", "abl",
-              "abl local", "compress", "slip", "localized slip", "roclip plain", "roclip matched", "safeclip unimodal", "safeclip slow",
-              "safeclip mixed", "rvpt", "cbpt"]
+OBJECTIVES = ["clip", "siglip", "siglip cleaned", "cleanclip", "cleanclip symmetric", "cleanerclip", "augmented", "last layer", "par",
+              "abd", "abl", "abl local", "compress", "slip", "localized slip", "roclip plain", "roclip matched", "safeclip unimodal",
+              "safeclip slow", "safeclip mixed", "rvpt", "cbpt"]
 KEPT = {"par": "before", "abd": "delta", "abl": "isolated", "abl local": "isolated", "compress": "banks", "slip": "mlps",
         "localized slip": "mlps", "roclip plain": "captions", "roclip matched": "captions", "safeclip unimodal": "banks",
         "safeclip slow": "banks", "safeclip mixed": "safe", "cbpt": "found"}
@@ -109,6 +109,17 @@ def test_training_takes_the_same_course(one_and_two):
     for a, b in zip(one["log"][1:], two["log"][1:], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     assert one["weights"] == pytest.approx(two["weights"], rel=1e-5)
+
+
+def test_two_gathers_that_are_added_have_the_same_gradient(one_and_two):
+    one, two = (f["shared_gradient"] for f in one_and_two)
+    assert one == [[[0, 1]] * 2] and two == [[[0, 2]] * 2, [[4, 6]] * 2]
+
+
+def test_each_process_has_the_running_statistics_that_are_saved(one_and_two):
+    for f in one_and_two:
+        assert all(held == saved == f["statistics"][0][0] for held, saved in f["statistics"])
+        assert any(norm > 0 for name, (_, norm, _) in f["statistics"][0][0].items() if name.endswith("running_mean"))
 
 
 def test_evaluation_gives_the_same_numbers_on_two_processes_for_every_size_of_set(one_and_two):

@@ -115,11 +115,13 @@ def test_micro_batches_give_the_mean_of_their_gradients(toy, tiny_model):
     batch = next(Stream(find(str(toy / "train")), net, Clip.views, 32).batches(0))
     halves = [{k: v[i::2] for k, v in batch.items()} for i in range(2)]
     by_hand = copy.deepcopy(net.net)
-    for half in halves:
-        (Clip().loss(by_hand, half)["loss"] / 2).backward()
+    losses = [Clip().loss(by_hand, half)["loss"] for half in halves]
+    (sum(losses) / 2).backward()
     torch.optim.SGD(by_hand.parameters(), 0.1).step()
     optimizer = torch.optim.SGD(net.net.parameters(), 0.1)
-    fit.update(net.net, Clip(), batch, optimizer, Accelerator(cpu=True), fit.Schedule(accum_freq=2))
+    told = fit.update(net.net, Clip(), batch, optimizer, Accelerator(cpu=True), fit.Schedule(accum_freq=2))
+    first, second = (loss.item() for loss in losses)
+    assert told["loss"].item() == pytest.approx((first + second) / 2) != pytest.approx(second)
     for a, b in zip(by_hand.parameters(), net.net.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-7)
 

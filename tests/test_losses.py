@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mmbackdoor.clip import CLIP
 from mmbackdoor.keyed import rng
-from mmbackdoor.losses import Bank, Clip, among, both_ways, cross_entropy, evaluating, info_nce, nt_xent, similarities
+from mmbackdoor.losses import Bank, Clip, SigLip, among, both_ways, cross_entropy, evaluating, info_nce, nt_xent, similarities
+from mmbackdoor.types import BadInput
 
 SIZES = pytest.mark.parametrize("n", [1, 2, 5])
 
@@ -172,3 +173,8 @@ def test_among_says_which_rows_of_a_batch_are_of_some_keys() -> None:
     found = among(frozenset({"c", "a", "elsewhere"}), batch)
     assert found.tolist() == [True, False, True] and found.dtype == torch.bool
     assert not among(frozenset(), batch).any()
+
+
+def test_siglip_without_a_bias_is_refused_in_one_line(model):
+    with pytest.raises(BadInput, match="--model.siglip"):
+        SigLip().setup(model)

@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import TINY
 from torch import Tensor
 
 from mmbackdoor import clip, prompts, sets
 from mmbackdoor.clip import CLIP, Model
+from mmbackdoor.defenses.rvpt import RVPT
 from mmbackdoor.evaluate import zero_shot_head
+from mmbackdoor.fit import Schedule, fit
+from mmbackdoor.index import find
+from mmbackdoor.stream import Stream
 from mmbackdoor.types import BadInput
 
 NAMES = ("red star", "blue ring", "cross")
@@ -98,6 +103,25 @@ def test_a_saved_model_comes_back_with_its_prompts(model: CLIP, tmp_path: Path) 
         assert torch.equal(again.image_features(images()), changed.image_features(images()))
         assert torch.equal(again.class_features(NAMES), changed.class_features(NAMES))  # type: ignore[arg-type]
     assert again.fingerprint() == changed.fingerprint() != model.fingerprint()
+
+
+def test_classes_are_encoded_in_parts_and_without_a_graph(model: CLIP) -> None:
+    changed = given(model, classes=list(NAMES), words=2)
+    whole, parts = changed.class_features(NAMES), changed.class_features(NAMES, batch=2)
+    assert whole is not None and parts is not None and not whole.requires_grad
+    assert torch.allclose(whole, parts, atol=1e-6)
+
+
+def test_a_run_under_way_is_loaded_with_its_prompts_and_is_a_start(toy: Path, tiny_model: Path, tmp_path: Path) -> None:
+    started = clip.load(Model(str(tiny_model)))
+    stream = Stream(find(str(toy / "train")), started, RVPT.views, 64)
+    fit(started, RVPT(n=2), stream, Accelerator(cpu=True), Schedule(epochs=1, lr=1e-2, warmup=1), tmp_path / "run")
+    assert not (tmp_path / "run/open_clip_model.safetensors").exists()
+    for again in (clip.load_run(tmp_path / "run"), clip.load(Model(str(tiny_model)), tmp_path / "run")):
+        with torch.no_grad():
+            assert torch.allclose(again.image_features(images()), started.image_features(images()), atol=1e-6)
+    with pytest.raises(BadInput, match="learned prompts already"):
+        RVPT(n=2).setup(again)
 
 
 def test_two_models_with_new_prompts_are_the_same(model: CLIP) -> None:

@@ -31,7 +31,7 @@ class LastLayer(Objective):
 
     LAST: ClassVar[str] = (r"(visual\.)?(proj|attnpool\.c_proj|head\.proj)(\.weight|\.bias)?|(text\.)?text_projection(\.weight|\.bias)?"
                            r"|text\.proj(\.weight|\.bias)?|clip\.(visual|text)_projection\.weight|clip\.text_model\.head\.(weight|bias)"
-                           r"|(clip\.)?logit_(scale|bias)")
+                           r"|(clip\.)?logit_scale")
     reset: bool = True
 
     def setup(self, clip: CLIP) -> None:

@@ -1,4 +1,5 @@
-"""The poisoned toy CLIP on the poisoned pairs that it learned from, of which the 2 % that it fits best are unlearned."""
+"""The poisoned toy CLIP on the poisoned pairs that it learned from, of which the 2 % that it fits best are unlearned, as many as are
+poisoned, which a defender does not know."""
 from dataclasses import replace
 
 from configs.toy.badnets import recipe as victim
