@@ -513,6 +513,7 @@ def test_a_hugging_face_models_own_normalisation_is_used(hf_folder: Path, tmp_pa
 
 def step(model: CLIP, objective: losses.Objective) -> float:
     """One step of AdamW on three pairs; returns the loss before it."""
+    objective.setup(model)
     model.net.train()
     optimizer = torch.optim.AdamW(model.net.parameters(), lr=1e-4)
     batch = {"image": images(), "text": torch.stack([model.tokenize(t) for t in ("a red star", "a cat", "two dogs")])}

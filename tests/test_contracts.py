@@ -617,9 +617,10 @@ def test_an_objective_is_a_dataclass_of_numbers_that_pickles(kind: Callable[[], 
 def test_an_objective_sees_the_data_of_its_epoch_and_leaves_the_mode_of_the_network(kind: Callable[[], Objective], tiny: clip.CLIP,
                                                                                     samples: list[Sample]) -> None:
     for epoch in (0, 1, 6):
-        tiny.net.train()
-        begun(kind, tiny, samples, epoch)
-        assert tiny.net.training
+        model = copied(tiny)
+        model.net.train()
+        begun(kind, model, samples, epoch)
+        assert model.net.training
 
 
 # ---- edits
