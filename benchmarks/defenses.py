@@ -63,9 +63,11 @@ def machine(result: Result) -> tuple[Any, ...]:
     return tuple(result["environment"].get(key) for key in ("torch", "device", "threads", "world_size"))
 
 
-def slowdown(results: Sequence[Result], plain: Sequence[Result], what: str) -> str:
-    """Training seconds over the median of the plain runs on the same machine; a dash where there are none."""
-    ratios = [r["cost"]["train_seconds"] / statistics.median(same) for r in results
+def slowdown(results: Sequence[Result], donors: Sequence[Result], plain: Sequence[Result], what: str) -> str:
+    """Training seconds, with those of each seed's donor, over the median of the plain runs on the same machine; a dash where there are
+    none."""
+    beside = {r["seed"]: r["cost"]["train_seconds"] for r in donors}
+    ratios = [(r["cost"]["train_seconds"] + beside.get(r["seed"], 0)) / statistics.median(same) for r in results
               if (same := [p["cost"]["train_seconds"] for p in plain if machine(p) == machine(r)])]
     return f"{statistics.median(ratios):.2f}{what}" if ratios else report.DASH
 
@@ -100,7 +102,8 @@ def ranking(suite: Any, victim: Recipe, called: str, results: str, plain: Sequen
         if not own or not points:
             continue
         drawn[last(d.name)] = points
-        time = slowdown(own, plain, "") if runs[0].init else slowdown(own, trained, " of training")
+        donors = recorded([runs[0].donor] if runs[0].donor else [], results)
+        time = slowdown(own, donors, plain if runs[0].init else trained, "" if runs[0].init else " of training")
         rows.append((area(points), told(last(d.name), own, points, time, holds(own, before))))
     return report.marked_down([list(HEADERS), first, *(row for _, row in sorted(rows, key=lambda r: -r[0]))]), drawn
 

@@ -48,9 +48,10 @@ def test_a_model_that_never_errs_has_the_whole_square_and_a_dominated_setting_ad
 
 def test_seconds_are_compared_within_one_machine(page: ModuleType) -> None:
     plain = [result(seconds=10), result(seconds=14), result(seconds=1000), result(seconds=1, threads=2)]
-    assert page.slowdown([result(seconds=28)], plain, "") == "2.00"
-    assert page.slowdown([result(seconds=28, threads=2)], plain, " of training") == "28.00 of training"
-    assert page.slowdown([result(threads=4)], plain, "") == "–"
+    assert page.slowdown([result(seconds=28)], [], plain, "") == "2.00"
+    assert page.slowdown([result(seconds=21)], [result(seconds=7)], plain, "") == "2.00", "what a donor takes is part of it"
+    assert page.slowdown([result(seconds=28, threads=2)], [], plain, " of training") == "28.00 of training"
+    assert page.slowdown([result(threads=4)], [], plain, "") == "–"
 
 
 def test_what_holds_leaves_a_tenth_and_costs_three_points_of_the_same_seeds(page: ModuleType) -> None:
