@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import tyro
+from accelerate.utils import broadcast_object_list
 
 from eval import main as measure
 from mmbackdoor import recipe, report, run, stores
@@ -44,19 +45,22 @@ def main(config: tyro.conf.Positional[str], seeds: tuple[int, ...] = (0,), recor
     suite = recipe.load_suite(config)  # 1
     runs = suite.runs(seeds)
     kept = {r.directory: Path(record) / f"{r.name}-seed{r.seed}.json" for r in runs}
-    needed = with_weights([r for r in runs if not (run.done(r) or record and not again and run.recorded(kept[r.directory], r))])
-    first = run.processes().is_main_process
+    state = run.processes()
+    first = state.is_main_process
+    of_first = lambda value: broadcast_object_list([value])[0]  # noqa: E731  what it finds on the disk, as it alone writes there
+    needed = of_first(with_weights([r for r in runs if not (run.done(r) or record and not again and run.recorded(kept[r.directory], r))]))
     for i, r in enumerate(runs, 1):  # 2
         if record and not again and not run.done(r) and r.directory not in needed:
             run.take(kept[r.directory], r)
-        if run.done(r) and (r.directory not in needed or weights_in(r.directory)):
-            print(f"[{i}/{len(runs)}] {r.directory}: done already", flush=True)
+        ready = of_first(run.done(r) and (r.directory not in needed or weights_in(r.directory) is not None))
+        state.print(f"[{i}/{len(runs)}] {r.directory}" + (": done already" if ready else ""), flush=True)
+        if ready:
             if again:
                 measure(str(r.directory))
         else:
-            print(f"[{i}/{len(runs)}] {r.directory}", flush=True)
-            if overwrite and not run.begun(r) and first:
+            if overwrite and first and not run.begun(r):
                 shutil.rmtree(r.directory, ignore_errors=True)
+            state.wait_for_everyone()
             train(replace(r, resume="latest"))
         if record and first and (again or not run.recorded(kept[r.directory], r)):
             stores.write_json(kept[r.directory], run.read_results(r.directory))

@@ -7,6 +7,8 @@
 
 1 find the checkpoint, and the recipe when it is a run of ours   2 load the model, examine it   3 measure   4 write results.json
 """
+import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,15 @@ from mmbackdoor.features import How
 from mmbackdoor.types import BadInput
 
 
+def beside(checkpoint: str) -> Path:
+    """Where the numbers of a checkpoint go that has no results of its own; of each its own place."""
+    path = Path(checkpoint.removeprefix("local-dir:"))
+    if path.is_dir():
+        return path / "evaluation.json"
+    name = re.sub(r"[^\w.]+", "-", checkpoint).strip("-")
+    return path.with_name(f"{path.stem}.evaluation.json") if path.is_file() else Path(f"{name}.evaluation.json")
+
+
 def main(checkpoint: tyro.conf.Positional[str], dataset: str = "", retrieval: str = "", probe: str = "", threat: tuple[str, ...] = (),
          attack: bool = True, at: Literal["native", "input"] | None = None, reference: str = "", model: str = "",
          force_quick_gelu: bool = False, mean: tuple[float, float, float] | None = None, std: tuple[float, float, float] | None = None,
@@ -29,9 +40,10 @@ def main(checkpoint: tyro.conf.Positional[str], dataset: str = "", retrieval: st
     Args:
         checkpoint: A run's directory, a checkpoint file, `hf:…` or `hf-hub:…`.
         dataset: Labelled set: CLIP_benchmark directory or URL, class folders, `hf:…` or data saved to disk, each with
-            `?split=…&image=…&label=…&classnames=…&templates=…` where needed; default: those of the run's recipe.
+            `?split=…&image=…&label=…&classnames=…&templates=…` where needed; default: those of the run's recipe, where no
+            --retrieval is given either.
         retrieval: Images with captions: CLIP_benchmark retrieval directory or URL, shards of pairs, Hugging Face data;
-            default: those of the run's recipe.
+            default: those of the run's recipe, where no --dataset is given either.
         probe: Labelled set to train a linear probe, k-NN and few-shot classifiers on; they are measured on --dataset.
         threat: Configs whose recipes name what to fire at the model, one or several; default: the recipe of the run.
         attack: Fire the threats; without, only clean numbers are measured.
@@ -47,7 +59,8 @@ def main(checkpoint: tyro.conf.Positional[str], dataset: str = "", retrieval: st
         workers: Loader processes.
         batch_size: Images that a process encodes at once.
         table: File to write the numbers to as well, one row a threat: .csv, .tex or .md.
-        out: File to write; default: results.json of a run evaluated on its own sets, else evaluation.json beside the checkpoint.
+        out: File to write; default: results.json of a run evaluated on its own sets, else evaluation.json in its directory; of a
+            checkpoint file NAME.evaluation.json beside it, of a model of a hub the same here.
     """
     state = run.processes()  # 1
     how = How(state.process_index, state.num_processes, workers, batch_size, cache)
@@ -68,6 +81,11 @@ def main(checkpoint: tyro.conf.Positional[str], dataset: str = "", retrieval: st
         raise BadInput("--probe: says what to train classifiers on; name the set to measure them on with --dataset")
     if table:
         report.writer(table)
+    told = (dataset, retrieval, probe, threat, at, model, mean, std, force_quick_gelu, not attack, index != "exact")
+    same = known is not None and not any(told)
+    target = Path(out) if out else folder / "results.json" if same else beside(checkpoint)
+    if not os.access(next(p for p in target.absolute().parents if p.exists()), os.W_OK):
+        raise BadInput(f"{target}: cannot be written there; name another file with --out")
     sets = run.open_sets(data, threats, probe)
 
     changes = {"mean": mean, "std": std, "force_quick_gelu": force_quick_gelu}  # 2
@@ -78,10 +96,7 @@ def main(checkpoint: tyro.conf.Positional[str], dataset: str = "", retrieval: st
     for finding in findings:
         print(f"warning: {finding.says}", file=sys.stderr)
 
-    told = (dataset, retrieval, probe, threat, at, model, mean, std, force_quick_gelu, not attack, index != "exact")  # 3
-    same = known is not None and not any(told)
-    target = Path(out) if out else folder / ("results.json" if same else "evaluation.json")
-    metrics = run.measure(net, sets, threats, how, target.parent / target.stem, index)
+    metrics = run.measure(net, sets, threats, how, target.parent / target.stem, index)  # 3
     metrics = run.compare(metrics, reference or run.recorded_reference(known), threats, sets, how)
 
     card = {"schema": 1, "name": str(checkpoint), "recipe": known and known["recipe"], "seed": known["seed"] if known else 0}  # 4

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from . import keyed
 from .clip import CARD, CLIP
-from .losses import from_first
+from .losses import from_first, gather_list
 from .stores import replacing, write_json
 from .stream import Stream
 from .types import BadInput, Batch, Objective
@@ -103,7 +103,8 @@ def fit(clip: CLIP, objective: Objective, stream: Stream, accelerator: Accelerat
                                   betas=(schedule.beta1, schedule.beta2), eps=schedule.eps, fused=True)
     model, optimizer = accelerator.prepare(clip.net, optimizer)
     net = accelerator.unwrap_model(model)
-    done = load(folder, net, optimizer, objective, accelerator) if resume else Progress()
+    shape = {"global batch": stream.batch_size * stream.world, "lanes": stream.lanes}
+    done = load(folder, net, optimizer, objective, accelerator, shape) if resume else Progress()
     log = Log(folder / "log.jsonl", done, accelerator)
     if not done.global_step:
         log.write({"epoch": 0, "step": 0} | each_epoch(0))
@@ -131,7 +132,7 @@ def fit(clip: CLIP, objective: Objective, stream: Stream, accelerator: Accelerat
             if save_steps and done.global_step % save_steps == 0 and done.step < len(stream):
                 now = time.monotonic()
                 done.seconds, began, done.sums = done.seconds + now - began, now, sums.means()
-                save(folder, ["epoch_latest.pt"], net, optimizer, objective, done, accelerator)
+                save(folder, ["epoch_latest.pt"], net, optimizer, objective, done, accelerator, shape)
         check_in_step(net, objective, accelerator)
         from_first(net.buffers())  # each process has its own running statistics of its last batch; the first one's are saved
         took = time.monotonic() - began
@@ -143,7 +144,7 @@ def fit(clip: CLIP, objective: Objective, stream: Stream, accelerator: Accelerat
         model.eval()
         log.write({"epoch": epoch + 1, "step": done.global_step, "lr": lr, "seconds": round(took, 3)} | numbers | each_epoch(epoch + 1))
         names = ["epoch_latest.pt"] + [f"epoch_{epoch + 1}.pt"] * bool(save_frequency and (epoch + 1) % save_frequency == 0)
-        save(folder, names, net, optimizer, objective, done, accelerator)
+        save(folder, names, net, optimizer, objective, done, accelerator, shape)
     bar.close()
     clip.net.eval()
     return done
@@ -196,6 +197,16 @@ def finite(numbers: dict[str, float], epoch: int) -> None:
                        "--grad-clip-norm 1")
 
 
+def logged(text: str) -> list[dict[str, Any]]:
+    """Log lines by epoch. A killed run leaves a torn line, a resumed one repeats epochs: the last word counts."""
+    rows: dict[float, dict[str, Any]] = {}
+    for line in text.splitlines():
+        with suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            rows[float(row["epoch"])] = row
+    return [rows[epoch] for epoch in sorted(rows)]
+
+
 class Log:
     """log.jsonl, the same for people in out.log, and the trackers when there are any."""
 
@@ -203,7 +214,7 @@ class Log:
         self.path, self.accelerator = path, accelerator
         if accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
-            old = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() and done.global_step else []
+            old = logged(path.read_text()) if path.is_file() and done.global_step else []
             with replacing(path) as temporary:
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in old if row["epoch"] <= done.epoch))
 
@@ -231,12 +242,12 @@ def check_in_step(net: nn.Module, objective: Objective, accelerator: Accelerator
 
 
 def save(folder: Path, names: list[str], net: nn.Module, optimizer: Any, objective: Objective, done: Progress,
-         accelerator: Accelerator) -> None:
+         accelerator: Accelerator, shape: dict[str, int]) -> None:
     """Checkpoints of tensors and plain values, which open_clip loads by path."""
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         state = {"name": folder.name, "state_dict": net.state_dict(), "optimizer": optimizer.state_dict(),
-                 "objective": objective.state_dict(), **vars(done)}
+                 "objective": objective.state_dict(), "shape": shape, **vars(done)}
         if accelerator.scaler is not None:
             state["scaler"] = accelerator.scaler.state_dict()
         for name in names:
@@ -245,15 +256,24 @@ def save(folder: Path, names: list[str], net: nn.Module, optimizer: Any, objecti
     accelerator.wait_for_everyone()
 
 
-def load(folder: Path, net: nn.Module, optimizer: Any, objective: Objective, accelerator: Accelerator) -> Progress:
-    """Restores the newest checkpoint of a run; a run that has none yet starts from the beginning."""
+def load(folder: Path, net: nn.Module, optimizer: Any, objective: Objective, accelerator: Accelerator,
+         shape: dict[str, int]) -> Progress:
+    """Restores the newest checkpoint of a run; a run that has none yet starts from the beginning. The run goes on in the `shape` in which
+    it was begun: what decides the batches, besides the recipe."""
     path = folder / "checkpoints" / "epoch_latest.pt"
+    if len(set(gather_list([path.is_file()]))) > 1:
+        raise BadInput(f"{path}: some of the processes do not see it; runs must lie on a disk that all machines share")
     if not path.is_file():
         return Progress()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if (begun := state.get("shape", shape)) != shape:
+            told = [", ".join(f"{k} {v}" for k, v in of.items()) for of in (begun, shape)]
+            raise BadInput(f"{path}: was begun with {told[0]}, not {told[1]}; go on with as many processes and --workers as then")
         net.load_state_dict(state["state_dict"])
         optimizer.load_state_dict(state["optimizer"])
+    except BadInput:
+        raise
     except (RuntimeError, KeyError, EOFError, ValueError) as error:
         what = re.sub(r"\s+", " ", str(error))[:120]
         raise BadInput(f"{path}: cannot be resumed by this recipe ({what}); remove {folder} to start again") from error

@@ -12,7 +12,9 @@ import platform
 import pprint
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, wraps
 from importlib.metadata import version
@@ -303,10 +305,12 @@ def seeded(recipe: Recipe, seed: int) -> Recipe:
 
 def environment(world_size: int, device: str) -> dict[str, Any]:
     """The `environment` part of a result."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    git = ""
+    with suppress(OSError):  # no git is there
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout
     return {"mmbackdoor": version("mmbackdoor"), "torch": torch.__version__, "open_clip": version("open_clip_torch"),
             "python": platform.python_version(), "device": device, "threads": torch.get_num_threads(),
-            "world_size": world_size, "git": git.stdout.strip() or None}
+            "world_size": world_size, "git": git.strip() or None}
 
 
 # ---- loading
@@ -387,6 +391,10 @@ def command(main: Callable[..., T], args: Sequence[str] | None = None) -> T:
     return told(lambda: tyro.cli(main, args=args))()
 
 
+ALONE = 3.0
+"""Seconds after which a process tells its error by itself: that the first process has too, it tells, and the launcher ends the others."""
+
+
 def told(main: Callable[..., T]) -> Callable[..., T]:
     """A program whose BadInput is told in one line, with exit status 2 and no traceback, on however many processes."""
 
@@ -395,12 +403,15 @@ def told(main: Callable[..., T]) -> Callable[..., T]:
         try:
             result = main(*args, **kwargs)
             sys.stdout.flush()
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
             return result
         except BadInput as error:
             # from a loader worker the message arrives with a traceback before it
             line = " ".join(str(error).rpartition("mmbackdoor.types.BadInput: ")[2].split())
-            if os.environ.get("RANK", "0") == "0":
-                print(f"error: {line}", file=sys.stderr)
+            if os.environ.get("RANK", "0") != "0":
+                time.sleep(ALONE)
+            print(f"error: {line}", file=sys.stderr)
             sys.stderr.flush()
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 os._exit(2)  # the others may wait in a collective; torchrun ends them

@@ -19,6 +19,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
+from .fit import logged
 from .stores import replacing
 from .types import BadInput
 
@@ -275,16 +276,6 @@ def select(results: Sequence[Result], by: Sequence[str] = ("validation", "accura
     raise BadInput(f"nothing to select from: no result has metrics.{'.'.join(by)} or metrics.zero_shot.accuracy")
 
 
-def _epochs(text: str) -> list[dict[str, Any]]:
-    """Log lines by epoch. A killed run leaves a torn line, a resumed one repeats epochs: the last word counts."""
-    rows: dict[float, dict[str, Any]] = {}
-    for line in text.splitlines():
-        with suppress(ValueError, KeyError, TypeError):
-            row = json.loads(line)
-            rows[float(row["epoch"])] = row
-    return [rows[epoch] for epoch in sorted(rows)]
-
-
 def _load(path: Path) -> dict[str, Any]:
     """What a run directory holds; under `missing`, what is wrong with a file. BadInput if there is no directory."""
     if not path.is_dir():
@@ -292,7 +283,7 @@ def _load(path: Path) -> dict[str, Any]:
     run: dict[str, Any] = {"missing": {}}
     files: dict[str, tuple[str, type, Callable[[str], Any]]] = {
         "results.json": ("result", dict, json.loads),
-        "log.jsonl": ("log", list, _epochs),
+        "log.jsonl": ("log", list, logged),
         "examples.json": ("examples", list, json.loads),
         "recipe.py.txt": ("recipe", str, str),
     }

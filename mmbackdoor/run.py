@@ -4,9 +4,11 @@ from __future__ import annotations
 import csv
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,12 +34,15 @@ from .stores import replacing, write_json
 from .stream import Stream
 from .types import BadInput, Threat
 
+PATIENCE = timedelta(hours=6)
+"""How long processes wait for one that crafts a trigger, say; a process that ended is noticed by the launcher at once."""
+
 
 def processes() -> PartialState:
     """The launcher's processes. Without a GPU accelerate must be told so, or each process believes it is alone."""
     meant, found = os.environ.get("WORLD_SIZE", "1"), "none"
     with suppress(ValueError):  # accelerate's, when the variables of a launcher are incomplete
-        state = PartialState(cpu=not torch.accelerator.is_available())
+        state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
         if meant == (found := str(state.num_processes)):
             return state
     raise BadInput(f"WORLD_SIZE is {meant}, but the processes that found each other are {found}; start them with accelerate launch or "
@@ -201,7 +206,9 @@ def visible(index: Index, stages: Sequence[Stage], truth: Plan, n: int = 64) -> 
             after: Iterable[Raw] = before
             for stage in stages:
                 after = stage(after)
-            pairs += [(decode(a)["image"], decode(b)["image"]) for a, b in zip(before, after, strict=True)]
+            for a, b in zip(before, after, strict=True):
+                with suppress(BadInput):  # an image that the stream skips, or has refused already
+                    pairs.append((decode(a)["image"], decode(b)["image"]))
     pairs = [(a, b) for a, b in pairs if a.size == b.size and a.tobytes() != b.tobytes()]
     return {k: stealth.in_json(v) for k, v in stealth.summarise(pairs).items()} if pairs else None
 
@@ -211,6 +218,8 @@ def describe(r: Recipe, index: Index, truth: Plan, accelerator: Accelerator) -> 
     if accelerator.is_main_process:
         if index.incomplete:
             print(f"{index.incomplete} of {index.incomplete + len(index)} samples lack their image or caption and are left out", flush=True)
+        if lost := len((keep_list(r.keep) or frozenset()).difference(index.keys())):
+            print(f"{lost} keys of {r.keep} are not in the data", flush=True)
         truth.save(r.directory / "plan.parquet")
 
 
@@ -224,11 +233,20 @@ def curves(clip: CLIP, r: Recipe, sets: Sets, how: How, epoch: int) -> dict[str,
 
 
 def weights(init: Recipe | str | None, flag: str = "--init") -> str | None:
-    """The directory or file of the run that a flag names."""
+    """The directory or file of the run that a flag names. A run of another recipe under that name is told."""
     path = str(init.directory) if isinstance(init, Recipe) else init
     if isinstance(init, Recipe) and not (init.directory / "results.json").is_file():
         raise BadInput(f"{path}: the run that {flag} names is not finished; train it first, or name another run or checkpoint")
+    if isinstance(init, Recipe) and not done(init) and processes().is_main_process:
+        print(f"warning: {path} is of another recipe than {flag} names (see recipe.py.txt there); the result says so", file=sys.stderr)
     return path
+
+
+def otherwise(r: Recipe) -> dict[str, str]:
+    """Of the runs that a recipe names, those of another recipe than it says, with the hash of theirs."""
+    named = {name: o for name in ("init", "donor", "surrogate", "reference") if isinstance(o := getattr(r, name), Recipe)}
+    return {name: read_results(o.directory)["recipe_hash"] for name, o in named.items()
+            if (o.directory / "results.json").is_file() and not done(o)}
 
 
 def seen(r: Recipe, index: Index) -> frozenset[str] | None:
@@ -242,7 +260,7 @@ def keep_list(path: str | None) -> frozenset[str] | None:
         return None
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such keep list; give a text file with one key a line")
-    return frozenset(Path(path).read_text().split())
+    return frozenset(filter(None, map(str.strip, Path(path).read_text(encoding="utf-8").splitlines())))
 
 
 def measure(clip: CLIP, sets: Sets, threats: Threats, how: How = How(), tables: Path | None = None,
@@ -318,7 +336,8 @@ def compare(metrics: dict[str, Any], reference: Recipe | str | None, threats: Th
 def finish(r: Recipe, clip: CLIP, sets: Sets, accelerator: Accelerator, metrics: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Writes the model, examples for the report, and results.json: a record of schema 1."""
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
-    found = {"schema": 1, "name": r.name, "recipe": plain(r), "recipe_hash": recipe_hash(r), "seed": r.seed, **shown(r.fires),
+    other = {"otherwise": named} if (named := otherwise(r)) else {}
+    found = {"schema": 1, "name": r.name, "recipe": plain(r), "recipe_hash": recipe_hash(r), "seed": r.seed, **other, **shown(r.fires),
              "environment": environment(accelerator.num_processes, device), **more, "metrics": metrics}
     if accelerator.is_main_process:
         clip.save(r.directory)
@@ -327,7 +346,9 @@ def finish(r: Recipe, clip: CLIP, sets: Sets, accelerator: Accelerator, metrics:
         write_json(r.directory / "examples.json", evaluate.examples(clip, labelled, first) if labelled else [])
         write_json(r.directory / "results.json", found)
         print(line(found), flush=True)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.wait_for_everyone()  # a run that starts from this one finds it
     return found
 
 

@@ -189,3 +189,17 @@ def test_undecodable_images_that_are_skipped_are_counted_in_the_log(toy, tiny_mo
         done = fit.fit(net, Clip(), stream, Accelerator(cpu=True), fit.Schedule(epochs=2, warmup=1), tmp_path / f"run{workers}")
         rows = [json.loads(line) for line in (tmp_path / f"run{workers}/log.jsonl").read_text().splitlines()]
         assert [row.get("undecodable") for row in rows] == [None, 3, 3] and done.skipped == 6
+
+
+def test_a_run_goes_on_with_the_global_batch_it_was_begun_with(train):
+    train(schedule=fit.Schedule(epochs=1, warmup=1))
+    with pytest.raises(BadInput, match=r"begun with global batch 32, lanes 8, not global batch 64, lanes 8; go on with as many processes"):
+        train(schedule=fit.Schedule(epochs=2, warmup=1), batch=64, resume=True)
+
+
+def test_a_torn_line_of_the_log_does_not_keep_a_run_from_going_on(train):
+    _, _, folder = train(schedule=fit.Schedule(epochs=1, warmup=1))
+    with open(folder / "log.jsonl", "a") as file:
+        file.write('{"epoch": 2, "lo')
+    train(schedule=fit.Schedule(epochs=2, warmup=1), resume=True)
+    assert [json.loads(line)["epoch"] for line in (folder / "log.jsonl").read_text().splitlines()] == [0, 1, 2]

@@ -218,6 +218,30 @@ def test_a_suite_that_is_broken_off_has_recorded_what_it_finished(program, monke
     assert finished == ["mine/clean"] and [p.name for p in (tmp_path / "results").rglob("*.json")] == ["clean-seed0.json"]
 
 
+def test_a_suite_on_two_processes_is_run_and_recorded_once(toy, tiny_model, tmp_path):
+    (tmp_path / "suite.py").write_text(SUITE.format(toy=str(toy), model=str(tiny_model), out=str(tmp_path / "runs"))
+                                       + 'suite = Suite("mine/suite", (mine, cleaned))\n')
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "bench.py", tmp_path / "suite.py",
+           "--record", tmp_path / "results"]
+    first = run(*two, OMP_NUM_THREADS="1")
+    assert [first.stdout.count(name) for name in ("[2/3]", "mine/cleaned (seed 0): accuracy", "done already", "report:")] == [1, 1, 0, 1]
+    kept = {p.name: p.read_bytes() for p in (tmp_path / "results").rglob("*.json")}
+    shutil.rmtree(tmp_path / "runs/mine/attack")
+    again = run(*two, OMP_NUM_THREADS="1")
+    assert again.stdout.count("done already") == 3 and len(kept) == 3
+    assert kept == {p.name: p.read_bytes() for p in (tmp_path / "results").rglob("*.json")}
+
+
+@pytest.mark.parametrize("checkpoint, file", [
+    ("run", "run/evaluation.json"), ("run/checkpoints/epoch_16.pt", "run/checkpoints/epoch_16.evaluation.json"),
+    ("hf-hub:timm/vit_base", "hf-hub-timm-vit_base.evaluation.json"), ("hf:google/siglip", "hf-google-siglip.evaluation.json")])
+def test_every_checkpoint_has_a_place_of_its_own_for_what_is_measured(checkpoint, file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/epoch_16.pt").touch()
+    assert load_program("eval").beside(checkpoint) == Path(file)
+
+
 def test_help_is_given_without_a_config():
     assert "accelerate launch train.py" in run(sys.executable, "train.py", "--help").stdout
     run(sys.executable, "train.py", status=2)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mmbackdoor import report
+from mmbackdoor import fit, report
 from mmbackdoor.types import BadInput
 
 HOSTILE = "<script>alert('x')</script>"
@@ -274,7 +274,7 @@ def test_only_the_page_is_left_behind(tmp_path: Path) -> None:
 
 def test_a_torn_log_line_costs_only_itself_and_a_repeated_epoch_replaces() -> None:
     log = '{"epoch": 1, "loss": 9}\n{"epoch": 2, "lo\n\n{"epoch": 2, "loss": 2}\n{"epoch": 1, "loss": 3}\n[]\n'
-    assert report._epochs(log) == [{"epoch": 1, "loss": 3}, {"epoch": 2, "loss": 2}]
+    assert fit.logged(log) == [{"epoch": 1, "loss": 3}, {"epoch": 2, "loss": 2}]
 
 
 def test_examples_mark_the_target_and_the_truth(tmp_path: Path) -> None:
