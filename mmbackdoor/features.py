@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +96,15 @@ class Shown(IterableDataset):
         slot, slots = self.how.rank, self.how.world
         if info:
             slot, slots = slot * info.num_workers + info.id, slots * info.num_workers
-        for place, raw in enumerate(self.raws()):
+
+        def mine(place: int) -> bool:
             batch = place // self.how.batch
-            if batch % slots == slot and batch not in self.done:
-                s = decode(raw)
-                shown = show(self.clip, s["image"], self.threats, s["__key__"])
-                yield place, s["__key__"], s.get("label", -1), s.get("text", ""), shown[self.first :]
+            return batch % slots == slot and batch not in self.done
+
+        for raw, place in zip(self.raws(mine), filter(mine, count()), strict=False):
+            s = decode(raw)
+            shown = show(self.clip, s["image"], self.threats, s["__key__"])
+            yield place, s["__key__"], s.get("label", -1), s.get("text", ""), shown[self.first :]
 
 
 def stack(rows: list[Row]) -> tuple[list[int], list[str], list[int], list[str], list[Tensor]]:

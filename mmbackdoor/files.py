@@ -4,7 +4,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -29,10 +29,17 @@ QUERY = {key: f"?{key}={value}" for key, value in (("split", "SPLIT"), ("config"
                                                    ("caption", "COLUMN"), ("classnames", "FILE"), ("templates", "FILE"))}
 
 
-class Source(Protocol):
-    """A stream of raw samples that can be begun again, in loader workers too."""
+Wanted = Callable[[int], bool]
 
-    def __call__(self) -> Iterator[Raw]: ...
+
+def every(place: int) -> bool:
+    return True
+
+
+class Source(Protocol):
+    """A stream of raw samples that can be begun again, in loader workers too: of those in the places that are wanted, from 0 on."""
+
+    def __call__(self, wanted: Wanted = every) -> Iterator[Raw]: ...
 
     def fingerprint(self) -> str:
         """A hash that changes whenever the data do; "" where that cannot be known."""
@@ -188,8 +195,8 @@ class FolderSource:
     root: str
     files: tuple[tuple[str, int], ...]
 
-    def __call__(self) -> Iterator[Raw]:
-        for path, label in self.files:
+    def __call__(self, wanted: Wanted = every) -> Iterator[Raw]:
+        for path, label in (file for place, file in enumerate(self.files) if wanted(place)):
             try:
                 member, body = standard(Path(path).read_bytes())
             except Exception as e:  # damaged files fail inside PIL with errors of every kind

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .files import QUERY, Said, Source, begin, class_names, is_image_name, one_a_line, one_line, standard, templates
+from .files import QUERY, Said, Source, Wanted, begin, class_names, every, is_image_name, one_a_line, one_line, standard, templates
 from .shards import Raw
 from .stores import stamp
 from .types import BadInput
@@ -202,8 +202,10 @@ class HubSource:
     name: str
     """What the column holds: "cls" or "txt"."""
 
-    def __call__(self) -> Iterator[Raw]:
+    def __call__(self, wanted: Wanted = every) -> Iterator[Raw]:
         for n, image, _, value in rows(self.data, self.src, self.image, self.column):
+            if not wanted(n):
+                continue
             where = f"{self.src}: row {n}"
             text = str(value) if self.name == "cls" else one_a_line(value if isinstance(value, list) else [value])
             if not text:

@@ -21,9 +21,11 @@ from .files import (
     FolderSource,
     Said,
     Source,
+    Wanted,
     begin,
     class_folders,
     class_names,
+    every,
     files_in_classes,
     folder_names,
     lines,
@@ -143,9 +145,9 @@ class ShardSource:
     each: partial[Raw]
     read: Callable[[str], Iterator[Raw]] = read_raw
 
-    def __call__(self) -> Iterator[Raw]:
-        for url in self.shards:
-            yield from map(self.each, self.read(url))
+    def __call__(self, wanted: Wanted = every) -> Iterator[Raw]:
+        raws = (raw for url in self.shards for raw in self.read(url))
+        yield from (self.each(raw) for place, raw in enumerate(raws) if wanted(place))
 
     def __length_hint__(self) -> int:
         """Samples of local shards, for a progress bar: those of the first, and as many a byte of the others."""

@@ -25,6 +25,7 @@ from transformers.activations import GELUActivation, QuickGELUActivation
 from mmbackdoor import clip, doctor, shards
 from mmbackdoor.clip import CLIP, Model
 from mmbackdoor.doctor import STATISTICS, Finding, examine, helps, tail
+from mmbackdoor.files import Wanted, every
 from mmbackdoor.sets import EvalSet, open_set
 from mmbackdoor.triggers import Blend, Patch, Word
 from mmbackdoor.types import BadInput, Target, Threat, Trigger
@@ -79,8 +80,8 @@ class Held:
 
     raws: tuple[shards.Raw, ...]
 
-    def __call__(self) -> Iterator[shards.Raw]:
-        yield from self.raws
+    def __call__(self, wanted: Wanted = every) -> Iterator[shards.Raw]:
+        yield from (raw for place, raw in enumerate(self.raws) if wanted(place))
 
     def fingerprint(self) -> str:
         return ""
@@ -481,9 +482,9 @@ def test_the_sample_is_of_all_classes_though_the_set_is_sorted_and_is_read_once(
 
     @dataclass(frozen=True)
     class Counted(Held):
-        def __call__(self) -> Iterator[shards.Raw]:
+        def __call__(self, wanted: Wanted = every) -> Iterator[shards.Raw]:
             passes.append(1)
-            return iter(self.raws)
+            return super().__call__(wanted)
 
     decode = doctor.decode_image
     monkeypatch.setattr(doctor, "decode_image", lambda raw: decoded.append(raw["__key__"]) or decode(raw))

@@ -19,6 +19,7 @@ from torch import Generator, Tensor
 from mmbackdoor import clip, features, keyed, shards
 from mmbackdoor.clip import CLIP, Model
 from mmbackdoor.features import How, text_features
+from mmbackdoor.files import Wanted, every
 from mmbackdoor.sets import EvalSet, open_set
 from mmbackdoor.triggers import Blend, Patch, Word
 from mmbackdoor.types import BadInput, Target, Threat, Trigger
@@ -283,8 +284,8 @@ def test_a_key_in_another_encoding_is_no_obstacle(tmp_path: Path, tiny_model: st
     tar(tmp_path / "0.tar", {b"caf\xe9.png".decode("utf-8", "surrogateescape"): drawn(1), "caf\ufffd.png": drawn(5)})
 
     class Two:
-        def __call__(self) -> Any:
-            return shards.read_raw(str(tmp_path / "0.tar"))
+        def __call__(self, wanted: Wanted = every) -> Any:
+            return (raw for place, raw in enumerate(shards.read_raw(str(tmp_path / "0.tar"))) if wanted(place))
 
     found = features.features(clip.load(Model(tiny_model)), Two(), [CORNER], SMALL)  # type: ignore[arg-type]
     assert found.keys == ["caf\ufffd", "caf\ufffd"] and not torch.equal(found.clean[0], found.clean[1])
@@ -299,7 +300,21 @@ def test_captions_ride_along(tmp_path: Path, tiny_model: str) -> None:
     shards.write_shard(tmp_path / "0.tar", [{"__key__": "a", "png": drawn(1), "txt": "one\ntwo\nthree"}])
 
     class One:
-        def __call__(self) -> Any:
-            return shards.read_raw(str(tmp_path / "0.tar"))
+        def __call__(self, wanted: Wanted = every) -> Any:
+            return (raw for place, raw in enumerate(shards.read_raw(str(tmp_path / "0.tar"))) if wanted(place))
 
     assert features.features(clip.load(Model(tiny_model)), One(), (), SMALL).texts == ["one\ntwo\nthree"]  # type: ignore[arg-type]
+
+
+def test_of_a_set_in_files_each_process_reads_its_own_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i, label in enumerate(LABELS):
+        (tmp_path / f"set/class {label}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"set/class {label}/{i}.png").write_bytes(drawn(label))
+    data, opened = open_set(tmp_path / "set"), []
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: opened.append(path) or read(path))
+    shares = [replace(SMALL, rank=rank, world=3) for rank in range(3)]
+    rows = [row for how in shares for row in features.Shown(planted(), data.raws, (), how, frozenset(), True)]
+    assert sorted(row[0] for row in rows) == list(range(len(LABELS))) and len(opened) == len(set(opened)) == len(LABELS)
+    keys = [raw["__key__"] for raw in data.raws()]
+    assert all(row[1] == keys[row[0]] for row in rows)

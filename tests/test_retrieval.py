@@ -20,6 +20,7 @@ from mmbackdoor import clip, shards
 from mmbackdoor import retrieval as retrieval_module
 from mmbackdoor.clip import Model
 from mmbackdoor.evaluate import wilson
+from mmbackdoor.files import Wanted, every
 from mmbackdoor.retrieval import (
     Asked,
     Attacked,
@@ -414,9 +415,10 @@ class Rows:
 
     rows: tuple[tuple[int, str], ...]
 
-    def __call__(self) -> Iterator[dict[str, Any]]:
+    def __call__(self, wanted: Wanted = every) -> Iterator[dict[str, Any]]:
         for i, (label, text) in enumerate(self.rows):
-            yield {"__key__": f"{i:04d}", "__url__": "memory", "png": drawn(label), "txt": text.encode()}
+            if wanted(i):
+                yield {"__key__": f"{i:04d}", "__url__": "memory", "png": drawn(label), "txt": text.encode()}
 
     def fingerprint(self) -> str:
         return ""
