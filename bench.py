@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import tyro
-from accelerate.utils import broadcast_object_list
 
 from eval import main as measure
 from mmbackdoor import recipe, report, run, stores
 from mmbackdoor.clip import weights_in
+from mmbackdoor.losses import gather_list
 from train import train
 
 
@@ -47,7 +47,7 @@ def main(config: tyro.conf.Positional[str], seeds: tuple[int, ...] = (0,), recor
     kept = {r.directory: Path(record) / f"{r.name}-seed{r.seed}.json" for r in runs}
     state = run.processes()
     first = state.is_main_process
-    of_first = lambda value: broadcast_object_list([value])[0]  # noqa: E731  what it finds on the disk, as it alone writes there
+    of_first = lambda value: gather_list([value])[0]  # noqa: E731  what it finds on the disk, as it alone writes there
     needed = of_first(with_weights([r for r in runs if not (run.done(r) or record and not again and run.recorded(kept[r.directory], r))]))
     for i, r in enumerate(runs, 1):  # 2
         if record and not again and not run.done(r) and r.directory not in needed:

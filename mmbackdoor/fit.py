@@ -267,16 +267,14 @@ def load(folder: Path, net: nn.Module, optimizer: Any, objective: Objective, acc
         return Progress()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if (begun := state.get("shape", shape)) != shape:
-            told = [", ".join(f"{k} {v}" for k, v in of.items()) for of in (begun, shape)]
-            raise BadInput(f"{path}: was begun with {told[0]}, not {told[1]}; go on with as many processes and --workers as then")
         net.load_state_dict(state["state_dict"])
         optimizer.load_state_dict(state["optimizer"])
-    except BadInput:
-        raise
     except (RuntimeError, KeyError, EOFError, ValueError) as error:
         what = re.sub(r"\s+", " ", str(error))[:120]
         raise BadInput(f"{path}: cannot be resumed by this recipe ({what}); remove {folder} to start again") from error
+    if (begun := state.get("shape", shape)) != shape:
+        told = [", ".join(f"{k} {v}" for k, v in of.items()) for of in (begun, shape)]
+        raise BadInput(f"{path}: was begun with {told[0]}, not {told[1]}; go on with as many processes and --workers as then")
     objective.load_state_dict(state["objective"])
     if accelerator.scaler is not None and "scaler" in state:
         accelerator.scaler.load_state_dict(state["scaler"])
