@@ -54,11 +54,14 @@ class EvalSet:
     raws: Source
 
     def target(self, target: Target) -> int:
-        """The index of the target's class."""
+        """The index of the target's class. Raises BadInput where none, or more than one, has its name."""
         if target.label not in self.classnames:
             shown = ", ".join(self.classnames[:8]) + (", …" if len(self.classnames) > 8 else "")
             raise BadInput(f"{self.name}: has no class {target.label!r}, the attack's target, so no attack success can be "
                            f"measured on it; its classes: {shown}")
+        if self.classnames.count(target.label) > 1:  # of open_clip's names of ImageNet "missile" and "sunglasses"
+            raise BadInput(f"{self.name}: {target.label!r} is the name of more than one class, so a model's answer says nothing of the "
+                           "attack; name another target, or give the set names that differ")
         return self.classnames.index(target.label)
 
 

@@ -383,8 +383,8 @@ def test_a_result_that_cannot_be_read(trained, refuses):
 # ---- evaluation sets
 
 
-def spoil_target(root: Path) -> None:
-    names = (root / "classnames.txt").read_text().replace("red star", "red sun")
+def rename(root: Path, old: str, new: str) -> None:
+    names = (root / "classnames.txt").read_text().replace(old, new)
     (root / "classnames.txt").write_text(names)
 
 
@@ -406,7 +406,9 @@ def spoil_image(root: Path) -> None:
 
 
 SETS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "lacks the target class": (spoil_target, ("mine: has no class 'red star'", "its classes: ")),
+    "lacks the target class": (lambda root: rename(root, "red star", "red sun"), ("mine: has no class 'red star'", "its classes: ")),
+    "has two classes of the target's name": (lambda root: rename(root, "blue star", "red star"),
+                                             ("mine: 'red star' is the name of more than one class", "name another target")),
     "lacks its class names": (lambda root: (root / "classnames.txt").unlink(),
                               ("mine/classnames.txt: missing or empty", "write one class name")),
     "lacks its templates": (lambda root: (root / "zeroshot_classification_templates.txt").unlink(),
