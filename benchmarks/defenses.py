@@ -92,7 +92,7 @@ def ranking(suite: Any, victim: Recipe, called: str, results: str, plain: Sequen
     before = recorded([victim], results)
     if not before:
         return "", {}
-    defenses = [d for d in suite.PRETRAINING + suite.CLEANING + suite.OTHERS if suite.applies(d, victim)]
+    defenses = [d for d in suite.PRETRAINING + suite.CLEANING + suite.OTHERS + suite.SECOND if suite.applies(d, victim)]
     drawn = {"none": [p] if (p := point(before)) else []}
     first, rows = told("none", before, drawn["none"], report.DASH, report.DASH), []
     for d in defenses:
@@ -109,15 +109,18 @@ def ranking(suite: Any, victim: Recipe, called: str, results: str, plain: Sequen
 
 
 def sweep(suite: Any, results: str) -> str:
-    """Every setting of every sweep."""
-    rows = [["setting", "learning rate", "chosen", "validation accuracy %", "accuracy %", "ASR %"]]
+    """Every setting of every sweep, over the seeds that all settings of a defense have."""
+    rows = [["setting", "learning rate", "chosen", "seeds", "validation accuracy %", "accuracy %", "ASR %"]]
     for d in suite.PRETRAINING + suite.CLEANING + suite.OTHERS + (suite.rvpt,):
         victim = d.init or suite.badnets
-        for r in settings(suite, d, victim, "badnets"):
-            if found := recorded([r], results):
-                checked, there = mean(found, "metrics", "validation", "accuracy"), point(found) or (None, None)
-                rate = f"{r.schedule.lr:g}" if r.schedule.epochs else report.DASH
-                rows.append([last(r.name), rate, "yes" if r is d else "", *(report.per_cent(v) for v in (checked, *there))])
+        known = {r.name: (r, found) for r in settings(suite, d, victim, "badnets") if (found := recorded([r], results))}
+        shared = set.intersection(*({f["seed"] for f in found} for _, found in known.values())) if known else set()
+        for r, found in known.values():
+            same = [f for f in found if f["seed"] in shared]
+            checked, there = mean(same, "metrics", "validation", "accuracy"), point(same) or (None, None)
+            rate = f"{r.schedule.lr:g}" if r.schedule.epochs else report.DASH
+            numbers = (report.per_cent(v) for v in (checked, *there))
+            rows.append([last(r.name), rate, "yes" if r is d else "", str(len(same)), *numbers])
     return report.marked_down(rows) if len(rows) > 1 else ""
 
 

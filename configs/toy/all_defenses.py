@@ -80,6 +80,10 @@ def edited(recipe, **changes):
     return recipe if edit == recipe.edit else replace(recipe, name=f"toy/defenses/sweep/{recipe.name.split('/')[-1]}-{said}", edit=edit)
 
 
+SECOND = (at(par, lr=4e-3),)
+"""At the rate that its sweep prefers PAR ruins victims which that sweep did not see; this is the next one."""
+
+
 def applies(recipe, victim):
     """Task arithmetic needs a trigger, which targeted poisons do without."""
     return not recipe.donor or victim.poison.threat.trigger.seen
@@ -101,6 +105,7 @@ vits = {name: vit if name == "badnets" else replace(VICTIMS[name], name=f"toy/de
                                                     schedule=vit.schedule, reference=vit.reference) for name in THREE}
 once = [against(d, VICTIMS[name], name) for d in OTHERS for name in THREE] + sweeps
 once += [against(d, label_consistent, "label_consistent") for d in PRETRAINING]
+once += [against(d, VICTIMS[name], name) for d in SECOND for name in (*THREE, "wanet", "badclip")]
 once += [vit.reference, *vits.values(), *(against(rvpt, v, name) for name, v in vits.items())]
 
 suite = Suite("toy/defenses", (clean, *VICTIMS.values(), *table), once=tuple(once))
