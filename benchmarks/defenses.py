@@ -94,7 +94,9 @@ def ranking(suite: Any, victim: Recipe, called: str, results: str, plain: Sequen
         return "", {}
     defenses = [d for d in suite.PRETRAINING + suite.CLEANING + suite.OTHERS + suite.SECOND if suite.applies(d, victim)]
     drawn = {"none": [p] if (p := point(before)) else []}
-    first, rows = told("none", before, drawn["none"], report.DASH, report.DASH), []
+    first, rows = [told("none", before, drawn["none"], report.DASH, report.DASH)], []
+    if taught := recorded([suite.FROM_SCRATCH[called]], results) if called in suite.FROM_SCRATCH else []:
+        first.append(told("none, from scratch", taught, [p] if (p := point(taught)) else [], report.DASH, report.DASH))
     for d in defenses:
         runs = settings(suite, d, victim, called)
         own, *swept = (recorded([r], results) for r in runs)
@@ -104,8 +106,8 @@ def ranking(suite: Any, victim: Recipe, called: str, results: str, plain: Sequen
         drawn[last(d.name)] = points
         donors = recorded([runs[0].donor] if runs[0].donor else [], results)
         time = slowdown(own, donors, plain if runs[0].init else trained, "" if runs[0].init else " of training")
-        rows.append((area(points), told(last(d.name), own, points, time, holds(own, before))))
-    return report.marked_down([list(HEADERS), first, *(row for _, row in sorted(rows, key=lambda r: -r[0]))]), drawn
+        rows.append((area(points), told(last(d.name), own, points, time, holds(own, before if runs[0].init else taught or before))))
+    return report.marked_down([list(HEADERS), *first, *(row for _, row in sorted(rows, key=lambda r: -r[0]))]), drawn
 
 
 def sweep(suite: Any, results: str) -> str:

@@ -8,6 +8,7 @@ label-consistent poisons, which do not work here, pre-training has one seed too:
 """
 from dataclasses import replace
 
+from configs.toy.attacks.badclip import recipe as badclip_scratch
 from configs.toy.attacks.badnet_stripes import recipe as stripes
 from configs.toy.attacks.blended import recipe as blended
 from configs.toy.attacks.label_consistent import recipe as label_consistent
@@ -43,6 +44,8 @@ from mmbackdoor.recipe import Suite
 
 VICTIMS = {"badnets": badnets, "blended": blended, "wanet": wanet, "stripes": stripes, "label_consistent": label_consistent,
            "badclip": badclip[1], "tdpa": tdpa}
+FROM_SCRATCH = {"badclip": badclip_scratch}
+"""What a pre-training defense is to be compared with where the victim was a clean model before."""
 PRETRAINING = roclip, safeclip, localized
 CLEANING = finetune, cleanclip, par, abd, tbar
 OTHERS = slip, augmented, cleanclip_symmetric, cleanerclip, augmented_finetune, last_layer, compress, fine_pruning, abl, ubt, cbpt
@@ -108,4 +111,4 @@ once += [against(d, label_consistent, "label_consistent") for d in PRETRAINING]
 once += [against(d, VICTIMS[name], name) for d in SECOND for name in (*THREE, "wanet", "badclip")]
 once += [vit.reference, *vits.values(), *(against(rvpt, v, name) for name, v in vits.items())]
 
-suite = Suite("toy/defenses", (clean, *VICTIMS.values(), *table), once=tuple(once))
+suite = Suite("toy/defenses", (clean, *VICTIMS.values(), *FROM_SCRATCH.values(), *table), once=tuple(once))
