@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import sys
 import xml.etree.ElementTree as ET
-from types import ModuleType
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,10 @@ import pytest
 from conftest import ROOT, load_program
 from hypothesis import given
 from hypothesis import strategies as st
+
+from mmbackdoor.fit import Schedule
+from mmbackdoor.recipe import Data, Recipe
+from mmbackdoor.stores import write_json
 
 fractions = st.floats(0, 1)
 
@@ -60,6 +65,20 @@ def test_what_holds_leaves_a_tenth_and_costs_three_points_of_the_same_seeds(page
     assert page.holds([result(0.93, 0.09), result(0.53, 0.11, seed=1)], before) == "yes"
     for worse in (result(0.93, 0.11), result(0.91, 0.09), result(0.93, None), result(0.93, 0.09, seed=1) | {"seed": 2}):
         assert page.holds([worse], before) == ""
+
+
+def test_a_sweep_compares_its_settings_on_the_seeds_that_all_of_them_have(page: ModuleType, tmp_path: Path) -> None:
+    """The chosen one has three seeds and the others one, so the chosen one's mean would be of other victims."""
+    chosen, other = Recipe("par", Data("x")), Recipe("sweep/par-lr0.5", Data("x"), schedule=Schedule(lr=0.5))
+    for recipe, seed, accuracy in ((chosen, 0, 0.9), (chosen, 1, 0.1), (chosen, 2, 0.2), (other, 0, 0.8)):
+        of_it = result(accuracy, 0.1, seed=seed)
+        of_it["metrics"]["validation"] = {"accuracy": accuracy}
+        write_json(tmp_path / f"{recipe.name}-seed{seed}.json", of_it)
+    rvpt, victim = Recipe("rvpt", Data("x")), Recipe("badnets", Data("x"))
+    suite = SimpleNamespace(PRETRAINING=(), CLEANING=(chosen,), OTHERS=(), rvpt=rvpt, badnets=victim, sweeps=[chosen, other],
+                            against=lambda recipe, victim, name: recipe)
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in page.sweep(suite, str(tmp_path)).splitlines()[2:]]
+    assert [(row[0], row[2], row[3], row[5]) for row in rows] == [("par", "yes", "1", "90.0"), ("par-lr0.5", "", "1", "80.0")]
 
 
 def test_the_picture_has_a_panel_for_each_attack_and_a_mark_for_each_setting(page: ModuleType) -> None:
