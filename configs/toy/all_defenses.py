@@ -98,6 +98,7 @@ sweeps += [at(safeclip, lr=lr) for lr in (2.5e-4, *SCRATCH)]  # its split makes 
 sweeps += [at(d, lr=lr) for d in (par, abd, cleanerclip, cleanclip_symmetric, augmented_finetune, last_layer, fine_pruning) for lr in RATES]
 sweeps += [at(d, lr=lr) for d in (abl, ubt) for lr in (6.25e-5, 2.5e-4, 1e-3, 4e-3)]
 sweeps += [at(roclip, epochs=16)]  # half of its epochs are CLIP's, so as many of those as the victim had
+sweeps += [at(safeclip, epochs=24)]  # whether it keeps the attack out or puts it off
 sweeps += [at(compress, lr=lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)]
 sweeps += [edited(tbar, scale=s) for s in (0.5, 1.0, 2.0, 4.0)] + [edited(fine_pruning, share=s) for s in (0.25, 0.5, 0.75, 0.95)]
 sweeps += first.sweep
