@@ -153,3 +153,8 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
 
     yield run
     forget(tmp_path)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first: files are handed out in order, and the last to begin would keep one worker waiting."""
+    items.sort(key=lambda item: item.path.name != "test_programs.py")
