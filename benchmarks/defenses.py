@@ -93,10 +93,11 @@ def ranking(suite: Any, victim: Recipe, called: str, results: str, plain: Sequen
     if not before:
         return "", {}
     defenses = [d for d in suite.PRETRAINING + suite.CLEANING + suite.OTHERS + suite.SECOND if suite.applies(d, victim)]
-    drawn = {"none": [p] if (p := point(before)) else []}
-    first, rows = [told("none", before, drawn["none"], report.DASH, report.DASH)], []
-    if taught := recorded([suite.FROM_SCRATCH[called]], results) if called in suite.FROM_SCRATCH else []:
-        first.append(told("none, from scratch", taught, [p] if (p := point(taught)) else [], report.DASH, report.DASH))
+    taught = recorded([suite.FROM_SCRATCH[called]], results) if called in suite.FROM_SCRATCH else []
+    bare = {name: found for name, found in (("none", before), ("none, from scratch", taught)) if found}
+    alone = {name: [p] if (p := point(found)) else [] for name, found in bare.items()}
+    first, rows = [told(name, found, alone[name], report.DASH, report.DASH) for name, found in bare.items()], []
+    drawn = {"none": alone["none"]}
     for d in defenses:
         runs = settings(suite, d, victim, called)
         own, *swept = (recorded([r], results) for r in runs)
@@ -115,9 +116,9 @@ def sweep(suite: Any, results: str) -> str:
     rows = [["setting", "learning rate", "chosen", "seeds", "validation accuracy %", "accuracy %", "ASR %"]]
     for d in suite.PRETRAINING + suite.CLEANING + suite.OTHERS + (suite.rvpt,):
         victim = d.init or suite.badnets
-        known = {r.name: (r, found) for r in settings(suite, d, victim, "badnets") if (found := recorded([r], results))}
-        shared = set.intersection(*({f["seed"] for f in found} for _, found in known.values())) if known else set()
-        for r, found in known.values():
+        known = [(r, found) for r in settings(suite, d, victim, "badnets") if (found := recorded([r], results))]
+        shared = set.intersection(*({f["seed"] for f in found} for _, found in known)) if known else set()
+        for r, found in known:
             same = [f for f in found if f["seed"] in shared]
             checked, there = mean(same, "metrics", "validation", "accuracy"), point(same) or (None, None)
             rate = f"{r.schedule.lr:g}" if r.schedule.epochs else report.DASH
